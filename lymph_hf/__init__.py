@@ -1,0 +1,30 @@
+"""Patient-level blood-cell diagnosis on Hugging Face.
+
+Importing the package registers its models with the Auto classes of transformers, so that
+`AutoModel.from_pretrained("lymph-mil")` works.
+"""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from .configuration_lymph import LymphMILConfig
+from .fusion import FUSERS
+from .modeling_lymph import LymphMILForBagClassification, LymphMILModel
+from .pooling import POOLERS
+from .processing_lymph import ClinicalStandardizer, LymphImageProcessor
+from .version import __version__
+
+AutoConfig.register(LymphMILConfig.model_type, LymphMILConfig)
+# A tuple: the class to build follows the `architectures` entry of the saved configuration.
+AutoModel.register(LymphMILConfig, (LymphMILModel, LymphMILForBagClassification))
+AutoImageProcessor.register(LymphMILConfig, image_processor_classes={"torchvision": LymphImageProcessor})
+
+__all__ = [
+    "FUSERS",
+    "POOLERS",
+    "ClinicalStandardizer",
+    "LymphImageProcessor",
+    "LymphMILConfig",
+    "LymphMILForBagClassification",
+    "LymphMILModel",
+    "__version__",
+]

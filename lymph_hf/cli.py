@@ -1,0 +1,228 @@
+"""The `lymph` command: one function per sub-command, options from `options.py`; parsing only."""
+
+import difflib
+import importlib
+import json
+import logging
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+from . import options as o
+from .version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command.
+
+    Attributes:
+        function: `module:name` inside the package, imported when the command runs.
+        options: dataclasses passed to it, in this order.
+        help: one line.
+        examples: command lines.
+    """
+
+    function: str
+    options: tuple[type, ...]
+    help: str
+    examples: tuple[str, ...]
+
+    def run(self, parsed: Sequence[Any]) -> None:
+        """Import the function and call it."""
+        module, name = self.function.split(":")
+        getattr(importlib.import_module(f"lymph_hf.{module}"), name)(*parsed)
+
+
+COMMANDS = {
+    "synth": Command(
+        "recipes:synthesise",
+        (o.SynthOptions,),
+        "paint a synthetic cohort with a known best possible score",
+        ("lymph synth cohort", "lymph synth challenge --layout challenge --patients 100 --seed 1"),
+    ),
+    "cohort check": Command(
+        "recipes:check_cohort",
+        (o.CohortOptions, o.CheckOptions),
+        "say what is in a folder of patients, what is left out and why, and draw it",
+        ("lymph cohort check cohort",),
+    ),
+    "train": Command(
+        "recipes:train",
+        (o.CohortOptions, o.SplitOptions, o.ModelOptions, o.TrainingOptions),
+        "train a patient model",
+        (
+            "lymph train --data cohort --output runs/first",
+            "lymph train --data cohort --output runs/first --resume",
+            "lymph train --config settings.yaml --epochs 40",
+            "accelerate launch scripts/train.py --data cohort --output runs/first",
+        ),
+    ),
+    "evaluate": Command(
+        "recipes:evaluate",
+        (o.CohortOptions, o.EvaluateOptions, o.InferenceOptions),
+        "score a model on labelled patients, with confidence intervals",
+        ("lymph evaluate runs/first --data cohort",),
+    ),
+    "predict": Command(
+        "recipes:predict",
+        (o.CohortOptions, o.PredictOptions, o.InferenceOptions),
+        "write probability and label of each patient",
+        (
+            "lymph predict runs/first --data cohort --output predictions.csv",
+            "lymph predict runs/first --data challenge --output submission.csv --submission",
+        ),
+    ),
+}
+# The one option of a command that may be given without its flag.
+POSITIONAL = {"synth": "output", "cohort check": "data", "evaluate": "run", "predict": "run"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `lymph ...`; returns the exit status: 0, 2 for a mistake in the call, 1 for a failure with a message."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name, rest = _command(arguments)
+    if name is None:
+        return _overview(arguments)
+    _log_to_terminal()
+    command = COMMANDS[name]
+    parsed = parse(name, rest)
+    try:
+        command.run(parsed)
+    except KeyboardInterrupt:
+        logger.error("Interrupted.%s", " Run the same command with --resume to go on." if name == "train" else "")
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        # Expected failures say what to do; the traceback is for those who ask for it.
+        logger.debug("Traceback", exc_info=True)
+        logger.error("%s: %s", type(error).__name__, error)
+        return 1
+    return 0
+
+
+def parse(name: str, arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Options of a command from the command line, over those of a `--config` file, over the defaults.
+
+    Args:
+        name: of the command, a key of `COMMANDS`.
+        arguments: what follows it.
+
+    Raises:
+        SystemExit: an unknown option or an unreadable value, with the usage on standard error.
+    """
+    command = COMMANDS[name]
+    parser = HfArgumentParser(
+        command.options,
+        prog=f"lymph {name}",
+        description=command.help,
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in command.examples),
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON of options; the command line overrides it")
+    if "-h" in arguments or "--help" in arguments:
+        parser.print_help()
+        raise SystemExit(0)
+    arguments = _name_positional(name, arguments)
+    from_files = _from_config(parser, arguments) + _from_saved_run(arguments)
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(
+        [*from_files, *arguments], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(_unknown(parser, unknown))
+    return tuple(parsed)
+
+
+def _unknown(parser: HfArgumentParser, unknown: Sequence[str]) -> str:
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
+    return f"unknown: {' '.join(unknown)}." + (f" Did you mean {', '.join(near)}?" if near else "")
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults in the help, examples as they are written."""
+
+
+def _command(arguments: list[str]) -> tuple[str | None, list[str]]:
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return name, arguments[words:]
+    return None, arguments
+
+
+def _overview(arguments: list[str]) -> int:
+    width = max(map(len, COMMANDS))
+    lines = [
+        f"lymph {__version__}: patient-level blood-cell diagnosis. Research use only, not a medical device.",
+        "",
+    ]
+    lines += [f"  lymph {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    lines += ["", "lymph COMMAND --help tells the options and shows examples."]
+    asked = not arguments or arguments[0] in ("-h", "--help", "--version")
+    stream = sys.stdout if asked else sys.stderr
+    if not asked:
+        lines.insert(0, f"lymph: no command {' '.join(arguments[:2])!r}.\n")
+    stream.write("\n".join(lines) + "\n")
+    return 0 if asked else 2
+
+
+def _name_positional(name: str, arguments: Sequence[str]) -> list[str]:
+    """`lymph evaluate RUN ...` means `--run RUN`."""
+    if name in POSITIONAL and arguments and not arguments[0].startswith("-"):
+        return [f"--{POSITIONAL[name]}", *arguments]
+    return list(arguments)
+
+
+def _from_config(parser: HfArgumentParser, arguments: list[str]) -> list[str]:
+    """The `--config` file as flags, so that one parser checks the names and types of both."""
+    if "--config" not in arguments[:-1]:
+        return []
+    path = Path(arguments[arguments.index("--config") + 1])
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # YAML reads JSON too
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--config {path}: {error}")
+    if not isinstance(content, dict):
+        parser.error(f"--config {path}: expected a table of options, such as 'epochs: 40'.")
+    return _as_flags(content)
+
+
+def _from_saved_run(arguments: list[str]) -> list[str]:
+    """`--resume` takes the settings of the run in `--output`, so they need not be repeated."""
+    if "--resume" not in arguments or "--output" not in arguments[:-1]:
+        return []
+    settings = Path(arguments[arguments.index("--output") + 1]) / "settings.json"
+    return _as_flags(json.loads(settings.read_text())) if settings.exists() else []
+
+
+def _as_flags(settings: dict[str, Any]) -> list[str]:
+    flags = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
+        flags += [f"--{name}", *map(str, values)]
+    return flags
+
+
+def _log_to_terminal() -> None:
+    """The package's messages go to standard output, as they are; progress bars go to standard error."""
+    package = logging.getLogger("lymph_hf")
+    if not package.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Every option of every command, defined once: the command line, option files and Python calls share them.
+
+`HfArgumentParser` turns each dataclass into flags, and the saved `settings.json` of a run holds the same names.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from .cohort import DEFAULT_REFERENCE_DATE
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text. `...` makes it required."""
+    metadata = {"help": help.replace("%", "%%")}
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class CohortOptions:
+    """Where the patients are."""
+
+    _argument_group_name: ClassVar[str] = "cohort"
+
+    data: str = option(..., "folder of patients: clinical.csv and images/<patient_id>/*, or the challenge layout")
+    reference_date: str = option(
+        DEFAULT_REFERENCE_DATE,
+        "day at which ages are taken where the folder holds dates of birth (YYYY-MM-DD)",
+    )
+    strict: bool = option(False, "stop at the first unreadable image instead of leaving it out")
+    cache_dir: str | None = option(None, "where the Arrow copy of the images goes; by default the datasets cache")
+
+
+@dataclass(kw_only=True)
+class SplitOptions:
+    """Which patients train, validate and test."""
+
+    _argument_group_name: ClassVar[str] = "split"
+
+    split: str | None = option(None, "file with a fixed split (JSON, YAML, CSV, or train_index/val_index lists)")
+    validation_fraction: float = option(0.2, "share of patients for validation, stratified by label")
+    test_fraction: float = option(0.0, "share of patients held out for a final test, stratified by label")
+    positive_label: str | None = option(
+        None, "label whose probability is reported (two labels); by default the last in sorted order"
+    )
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """What is trained."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    encoder: str = option("vit_tiny_patch16_224", "any timm model name")
+    encoder_weights: str | None = option(
+        None, "'timm' for published weights, or a file or folder of weights; by default random"
+    )
+    encoder_options: str | None = option(None, "JSON of further timm.create_model arguments")
+    image_size: int | None = option(None, "side of the input in pixels; by default what the encoder expects")
+    freeze_encoder: bool = option(False, "train pooling, fusion and classifier only")
+    pooling: str = option("gated_attention", "how cells become a patient; a name in POOLERS")
+    pooling_options: str | None = option(None, "JSON of the pooling's options")
+    fusion: str = option("concat", "how clinical values join; a name in FUSERS, 'none' leaves them out")
+    fusion_options: str | None = option(None, "JSON of the fusion's options")
+    dropout: float = option(0.1, "dropout before the classifier")
+    chunk_size: int | None = option(32, "cells that pass the encoder at once")
+
+
+@dataclass(kw_only=True)
+class TrainingOptions:
+    """How it is trained."""
+
+    _argument_group_name: ClassVar[str] = "training"
+
+    output: str = option(..., "run folder; must not exist yet, unless with --resume")
+    resume: bool = option(False, "continue the run in --output exactly where its last checkpoint stands")
+    seed: int = option(0, "of everything random")
+    epochs: int = option(20, "passes over the training patients")
+    batch_size: int = option(8, "patients per optimizer step, over all processes")
+    micro_batch: int = option(1, "patients per forward pass of one process; changes memory, not the result")
+    max_cells: int | None = option(64, "cells sampled per patient and step in training; evaluation uses every cell")
+    augment: bool = option(True, "random views of the cells in training")
+    balance: Literal["weights", "sampling", "none"] = option(
+        "weights", "against unequal classes: weights in the loss, balanced sampling of patients, or nothing"
+    )
+    learning_rate: float = option(3e-4, "peak rate of pooling, fusion and classifier")
+    encoder_learning_rate: float | None = option(None, "peak rate of the encoder; by default a tenth of the other")
+    weight_decay: float = option(0.05, "of AdamW; norms and biases have none")
+    warmup: float = option(0.1, "share of the steps with rising rate, before the cosine decay to zero")
+    clip: float = option(1.0, "largest norm of the gradient")
+    label_smoothing: float = option(0.0, "in [0, 1)")
+    patience: int = option(10, "stop after this many epochs without a better validation; 0 never stops early")
+    threshold: float | None = option(
+        None, "decision threshold to freeze; by default the one with the best balanced accuracy in validation"
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "number format of the heavy computations")
+    checkpoint_every: int = option(0, "optimizer steps between checkpoints within an epoch; 0 = epoch ends only")
+    workers: int = option(0, "processes that decode images beside the training process")
+    tracker: Literal["tensorboard", "trackio", "wandb", "none"] = option("tensorboard", "where curves are logged")
+    cpu: bool = option(False, "stay on the CPU though there is an accelerator")
+
+
+@dataclass(kw_only=True)
+class InferenceOptions:
+    """How a trained model is run."""
+
+    _argument_group_name: ClassVar[str] = "inference"
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "number format of the heavy computations")
+    workers: int = option(0, "processes that decode images beside the main process")
+    cpu: bool = option(False, "stay on the CPU though there is an accelerator")
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions:
+    """What is evaluated."""
+
+    _argument_group_name: ClassVar[str] = "evaluation"
+
+    run: str = option(..., "run folder, or a model folder or Hub id")
+    output: str | None = option(None, "folder for metrics.json, predictions.csv and the figure; by default the run")
+    subset: Literal["held-out", "validation", "test", "all"] = option(
+        "held-out",
+        "patients to score: all that the run did not train on, those of the run's validation or test list, "
+        "or all (training patients included)",
+    )
+    resamples: int = option(2000, "bootstrap resamples of patients")
+    seed: int = option(0, "of the bootstrap")
+
+
+@dataclass(kw_only=True)
+class PredictOptions:
+    """What is predicted."""
+
+    _argument_group_name: ClassVar[str] = "prediction"
+
+    run: str = option(..., "run folder, or a model folder or Hub id")
+    output: str = option(..., "CSV file to write")
+    part: Literal["all", "train", "test"] = option("all", "challenge layout: which of the two folders")
+    submission: bool = option(False, "write the challenge's Id,Predicted for the patients of its test folder")
+
+
+@dataclass(kw_only=True)
+class CheckOptions:
+    """What the check writes."""
+
+    _argument_group_name: ClassVar[str] = "check"
+
+    output: str | None = option(None, "figure to write; by default <name of the folder>-cohort.png")
+
+
+@dataclass(kw_only=True)
+class SynthOptions:
+    """What is painted."""
+
+    _argument_group_name: ClassVar[str] = "synthetic cohort"
+
+    output: str = option(..., "folder to make; an identical earlier result is reused")
+    patients: int = option(60, "number of patients")
+    seed: int = option(0, "of everything random")
+    layout: Literal["generic", "challenge"] = option("generic", "folder layout")
+    cells: list[int] | None = option(None, "least and largest number of cells per patient; by default 16 to 198")
+    image_size: int = option(224, "side of an image in pixels")
+    missing: float = option(0.0, "share of clinical values left empty")

@@ -1,0 +1,502 @@
+"""From options to results: training, evaluation and prediction of patient models."""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from transformers import AutoImageProcessor, AutoModel
+
+from .augment import Augmentation
+from .bags import BagDataset, build_bags, cohort_fingerprint, collate_bags
+from .cohort import CLINICAL, Cohort, read_cohort, scan_images
+from .configuration_lymph import LymphMILConfig
+from .encoders import load_encoder_weights
+from .files import write_json, writing_folder
+from .inference import infer, prediction_table, write_table
+from .metrics import bootstrap_intervals, choose_threshold, score
+from .modeling_lymph import LymphMILForBagClassification
+from .options import (
+    CheckOptions,
+    CohortOptions,
+    EvaluateOptions,
+    InferenceOptions,
+    ModelOptions,
+    PredictOptions,
+    SplitOptions,
+    SynthOptions,
+    TrainingOptions,
+)
+from .processing_lymph import ClinicalStandardizer, LymphImageProcessor
+from .reporting import cohort_figure, evaluation_figure, history_figure, scores_table
+from .runs import Run, RunError, model_source
+from .sampling import balanced_weights, class_weights
+from .split_files import PARTS
+from .splits import Split, make_split, read_split
+from .synthetic import write_synthetic_cohort
+from .training import TrainingLoop, make_accelerator
+
+logger = logging.getLogger(__name__)
+
+
+class RecipeError(ValueError):
+    """Options and data do not fit together; the message says what to change."""
+
+
+def synthesise(options: SynthOptions) -> Path:
+    """Paint a synthetic cohort and log how well it can be told apart at best.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RecipeError: `cells` is not a pair.
+    """
+    if options.cells is not None and len(options.cells) != 2:
+        raise RecipeError(f"--cells {options.cells}: expected the least and the largest number of cells, as 16 198.")
+    report = write_synthetic_cohort(
+        Path(options.output),
+        patients=options.patients,
+        seed=options.seed,
+        layout=options.layout,
+        cells=None if options.cells is None else tuple(options.cells),
+        image_size=options.image_size,
+        missing=options.missing,
+    )
+    logger.info("%s", report.summary())
+    return report.root
+
+
+def check_cohort(cohort_options: CohortOptions, options: CheckOptions) -> Path:
+    """Read a cohort, log what is in it and what was left out, and draw it.
+
+    Returns:
+        Path of the figure.
+    """
+    cohort = scan_images(_read(cohort_options), strict=cohort_options.strict)
+    figure = Path(options.output or f"{Path(cohort_options.data).resolve().name}-cohort.png")
+    cohort_figure(cohort.to_frame(), figure, title=cohort.root.name)
+    logger.info("%s", cohort.summary())
+    logger.info("Figure: %s", figure)
+    return figure
+
+
+def train(
+    cohort_options: CohortOptions,
+    split_options: SplitOptions,
+    model_options: ModelOptions,
+    options: TrainingOptions,
+) -> Path:
+    """Train a patient model from a folder of patients.
+
+    The split is stratified and saved, the clinical values are standardised on the training patients, the epoch is
+    the best in validation, and the decision threshold is chosen on the validation patients and frozen.
+
+    Returns:
+        The exported model, to be loaded with `AutoModel.from_pretrained`.
+
+    Raises:
+        CohortError, SplitError, RunError, TrainingError, CheckpointError: each with what to do.
+    """
+    run = Run(Path(options.output))
+    accelerator = make_accelerator(options, run.folder)
+    settings = {
+        k: v for group in (cohort_options, split_options, model_options, options) for k, v in asdict(group).items()
+    }
+    lock = run.claim(settings, resume=options.resume) if accelerator.is_main_process else None
+    cohort = _checked_cohort(cohort_options, accelerator)
+    split = _split(cohort, split_options, options.seed)
+    label_names = ordered_labels(cohort, split_options.positive_label)
+    if accelerator.is_main_process:
+        _record(run, cohort, split)
+    set_seed(options.seed)
+    model, processor = _new_model(cohort, split, label_names, model_options, options)
+    data = _Bags(cohort, processor, model.config.label2id, cohort_options.cache_dir, accelerator)
+    train_set = data.subset(
+        split.train,
+        max_cells=options.max_cells,
+        augmentation=Augmentation() if options.augment else None,
+        seed=options.seed,
+    )
+    validation_set = data.subset(split.validation) if split.validation else None
+    if options.tracker != "none":
+        accelerator.init_trackers("lymph-hf", config={k: "" if v is None else v for k, v in settings.items()})
+    loop = TrainingLoop(
+        accelerator,
+        model,
+        train_set,
+        collate_bags,
+        options,
+        run.folder,
+        validate=None
+        if validation_set is None
+        else lambda model: _validate(model, validation_set, accelerator, options),
+        sample_weights=balanced_weights(train_set.label_ids) if options.balance == "sampling" else None,
+        encoder=model.model.encoder,
+    )
+    progress = loop.run()
+    predictions = (
+        None if validation_set is None else infer(loop.model, validation_set, accelerator, workers=options.workers)
+    )
+    if accelerator.is_main_process:
+        history_figure(progress.history, run.folder / "history.png")
+        _freeze_threshold(model.config, predictions, validation_set, options.threshold)
+        _export(model, processor, run.model)
+        if predictions is not None:
+            _report_validation(run, cohort.select(split.validation), predictions.probabilities, model.config)
+        logger.info("Model: %s", run.model)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if lock is not None:
+        lock.release()
+    return run.model
+
+
+def evaluate(cohort_options: CohortOptions, options: EvaluateOptions, inference: InferenceOptions) -> dict[str, Any]:
+    """Score a trained model on labelled patients, with bootstrap intervals, at its frozen threshold.
+
+    Writes `metrics.json`, `predictions.csv` and `evaluation.png`.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        RecipeError: no patient is left to score, or labels that the model does not know.
+    """
+    accelerator = make_accelerator(inference)
+    model, processor = load_model(options.run)
+    cohort = _checked_cohort(cohort_options, accelerator)
+    cohort, note = _evaluation_patients(cohort, Run(Path(options.run)), options.subset)
+    unknown = sorted({patient.label for patient in cohort.patients} - set(model.config.label2id))
+    if unknown:
+        raise RecipeError(
+            f"{cohort.root}: label(s) {unknown} are not among the model's {sorted(model.config.label2id)}. "
+            "Evaluate on patients with the labels the model was trained for."
+        )
+    data = _Bags(cohort, processor, model.config.label2id, cohort_options.cache_dir, accelerator)
+    dataset = data.subset([patient.patient_id for patient in cohort.patients])
+    model = accelerator.prepare(model)
+    predictions = infer(model, dataset, accelerator, workers=inference.workers)
+    folder = Path(options.output or options.run)
+    report = _score_report(
+        dataset.label_ids,
+        predictions.probabilities,
+        model.config,
+        resamples=options.resamples,
+        seed=options.seed,
+    )
+    report = {"patients": note, "data": cohort.root.name, "loss": predictions.loss, **report}
+    if accelerator.is_main_process:
+        _write_evaluation(folder, cohort, predictions.probabilities, model.config, report, stem="metrics")
+    return report
+
+
+def predict(cohort_options: CohortOptions, options: PredictOptions, inference: InferenceOptions) -> Path:
+    """Write the probability and the label of every patient of a folder; labels are not needed and not used.
+
+    Returns:
+        The CSV file.
+
+    Raises:
+        RecipeError: a part or a submission was asked of a folder that is not in the challenge layout.
+    """
+    accelerator = make_accelerator(inference)
+    model, processor = load_model(options.run)
+    cohort = _checked_cohort(cohort_options, accelerator)
+    cohort = _part(cohort, "test" if options.submission else options.part)
+    data = _Bags(cohort, processor, None, cohort_options.cache_dir, accelerator)
+    dataset = data.subset([patient.patient_id for patient in cohort.patients])
+    model = accelerator.prepare(model)
+    predictions = infer(model, dataset, accelerator, workers=inference.workers)
+    if accelerator.is_main_process:
+        table = _table(cohort, predictions.probabilities, model.config)
+        if options.submission:
+            decided = table["predicted_label"].map(model.config.label2id)
+            table = table[["patient_id"]].assign(Predicted=decided).rename(columns={"patient_id": "Id"})
+        write_table(table, options.output)
+        logger.info("%d patients: %s", len(table), options.output)
+    return Path(options.output)
+
+
+def load_model(source: str | Path) -> tuple[LymphMILForBagClassification, LymphImageProcessor]:
+    """Model in evaluation mode and image processor of a run folder, a model folder or a Hub id.
+
+    Raises:
+        RunError: nothing can be loaded from there, or the run has not finished.
+    """
+    path = model_source(source)
+    try:
+        return AutoModel.from_pretrained(path), AutoImageProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"No model could be loaded from {source}: {error}") from error
+
+
+def ordered_labels(cohort: Cohort, positive_label: str | None) -> list[str]:
+    """Label names in the order of their numbers; of two labels the positive one is last.
+
+    Raises:
+        RecipeError: the positive label is not in the cohort, or there are more than two.
+    """
+    names = list(cohort.label_names)
+    if positive_label is None:
+        return names
+    if positive_label not in names or len(names) != 2:
+        raise RecipeError(f"positive_label={positive_label!r}: expected one of two labels, the cohort has {names}.")
+    return sorted(names, key=lambda name: name == positive_label)
+
+
+class _Bags:
+    """The rows of a cohort, and data sets over some of its patients."""
+
+    def __init__(self, cohort: Cohort, processor, label2id: dict[str, int] | None, cache_dir, accelerator: Accelerator):
+        with accelerator.main_process_first():
+            self.rows = build_bags(cohort, cache_dir=cache_dir)
+        self.position = {patient.patient_id: i for i, patient in enumerate(cohort.patients)}
+        self.processor = processor
+        self.label2id = label2id
+
+    def subset(self, ids, **options) -> BagDataset:
+        rows = self.rows.select([self.position[patient_id] for patient_id in ids])
+        return BagDataset(rows, self.processor, label2id=self.label2id, **options)
+
+
+def _read(options: CohortOptions) -> Cohort:
+    return read_cohort(options.data, reference_date=options.reference_date)
+
+
+def _checked_cohort(options: CohortOptions, accelerator: Accelerator) -> Cohort:
+    """Read and checked by the main process, handed to the others."""
+    shared = [scan_images(_read(options), strict=options.strict) if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(shared)
+    if accelerator.is_main_process:
+        logger.info("%s", shared[0].summary())
+    return shared[0]
+
+
+def _split(cohort: Cohort, options: SplitOptions, seed: int) -> Split:
+    if options.split is not None:
+        return read_split(options.split, cohort)
+    return make_split(
+        cohort,
+        validation_fraction=options.validation_fraction,
+        test_fraction=options.test_fraction,
+        seed=seed,
+    )
+
+
+def _record(run: Run, cohort: Cohort, split: Split) -> None:
+    """Store what the run is trained on; on resume, refuse data that has changed meanwhile."""
+    fingerprint = cohort_fingerprint(cohort)
+    if run.cohort.exists():
+        recorded = json.loads(run.cohort.read_text())["fingerprint"]
+        if recorded != fingerprint:
+            raise RunError(
+                f"{cohort.root} has changed since {run.folder} was started (images, labels or clinical values). "
+                "Restore it to resume, or start a new run in another --output."
+            )
+    split.save(run.split)
+    record = {
+        "data": cohort.root.name,
+        "fingerprint": fingerprint,
+        "patients": {part: len(getattr(split, part)) for part in PARTS},
+        "exclusions": [asdict(exclusion) for exclusion in cohort.exclusions],
+        "warnings": list(cohort.warnings),
+        "digests": {
+            part: sorted(digest for patient_id in getattr(split, part) for digest in cohort.digests[patient_id])
+            for part in PARTS
+        },
+    }
+    write_json(run.cohort, record)
+
+
+def _new_model(
+    cohort: Cohort, split: Split, label_names: list[str], options: ModelOptions, training: TrainingOptions
+) -> tuple[LymphMILForBagClassification, LymphImageProcessor]:
+    patients = cohort.select(split.train).patients
+    features = () if options.fusion == "none" else CLINICAL
+    standardizer = ClinicalStandardizer.fit([_clinical(patient) for patient in patients], features)
+    numbers = {name: i for i, name in enumerate(label_names)}
+    weights = class_weights([numbers[patient.label] for patient in patients], len(label_names))
+    config = LymphMILConfig(
+        encoder=options.encoder,
+        encoder_options=_json_option("encoder_options", options.encoder_options),
+        image_size=options.image_size,
+        pooling=options.pooling,
+        pooling_options=_json_option("pooling_options", options.pooling_options),
+        fusion=options.fusion,
+        fusion_options=_json_option("fusion_options", options.fusion_options),
+        clinical_features=list(standardizer.features),
+        dropout=options.dropout,
+        chunk_size=options.chunk_size,
+        class_weights=weights if training.balance == "weights" else None,
+        label_smoothing=training.label_smoothing,
+        id2label=dict(enumerate(label_names)),
+        label2id=numbers,
+    )
+    model = LymphMILForBagClassification(config)
+    if options.encoder_weights is not None:
+        logger.info("%s", load_encoder_weights(model.model.encoder, options.encoder_weights).summary())
+    if options.freeze_encoder:
+        model.model.encoder.requires_grad_(False)
+    return model, LymphImageProcessor.from_config(config, standardizer)
+
+
+def _json_option(name: str, text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"--{name.replace('_', '-')} {text!r} is not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise RecipeError(f"--{name.replace('_', '-')} {text!r}: expected a JSON object such as '{{\"key\": 1}}'.")
+    return value
+
+
+def _clinical(patient) -> dict[str, Any]:
+    return {name: getattr(patient, name) for name in CLINICAL}
+
+
+def _validate(model, dataset: BagDataset, accelerator: Accelerator, options: TrainingOptions) -> dict[str, float]:
+    result = infer(model, dataset, accelerator, workers=options.workers, progress=False)
+    scores = score(dataset.label_ids, result.probabilities)
+    return {"loss": result.loss, "auroc": scores["auroc"], "balanced_accuracy": scores["balanced_accuracy"]}
+
+
+def _freeze_threshold(config: LymphMILConfig, predictions, validation_set, threshold: float | None) -> None:
+    if threshold is not None:
+        config.decision_threshold = threshold
+    elif config.num_labels == 2 and predictions is not None:
+        config.decision_threshold = choose_threshold(validation_set.label_ids, predictions.probabilities)
+
+
+def _export(model: LymphMILForBagClassification, processor: LymphImageProcessor, folder: Path) -> None:
+    with writing_folder(folder) as beside:
+        model.save_pretrained(beside)
+        processor.save_pretrained(beside)
+
+
+def _report_validation(run: Run, cohort: Cohort, probabilities: np.ndarray, config: LymphMILConfig) -> None:
+    labels = [config.label2id[patient.label] for patient in cohort.patients]
+    report = _score_report(labels, probabilities, config)
+    note = "validation patients of this run, which also chose its epoch and its threshold: not a test"
+    _write_evaluation(run.folder, cohort, probabilities, config, {"patients": note, **report}, stem="validation")
+
+
+def _score_report(
+    labels, probabilities, config: LymphMILConfig, *, resamples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    threshold = config.decision_threshold
+    intervals = bootstrap_intervals(labels, probabilities, threshold=threshold, resamples=resamples, seed=seed)
+    counts = np.bincount(labels, minlength=config.num_labels).tolist()
+    return {
+        "n": len(labels),
+        "n_per_label": {config.id2label[i]: count for i, count in enumerate(counts)},
+        "threshold": threshold if config.num_labels == 2 else None,
+        "interval": f"95% percentile bootstrap over patients, {resamples} resamples, seed {seed}",
+        "scores": intervals,
+    }
+
+
+def _write_evaluation(
+    folder: Path,
+    cohort: Cohort,
+    probabilities: np.ndarray,
+    config: LymphMILConfig,
+    report: dict[str, Any],
+    *,
+    stem: str,
+) -> None:
+    """`metrics.json`, `predictions.csv`, `evaluation.png`; for the validation patients `validation.*`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    intervals = report["scores"]
+    names = {"metrics": ("predictions.csv", "evaluation.png")}.get(stem, (f"{stem}.csv", f"{stem}.png"))
+    labels = [config.label2id[patient.label] for patient in cohort.patients]
+    table = _table(cohort, probabilities, config, with_labels=True)
+    write_table(table, folder / names[0])
+    evaluation_figure(
+        labels,
+        probabilities,
+        folder / names[1],
+        threshold=config.decision_threshold,
+        label_names=_label_names(config),
+        intervals=intervals,
+    )
+    report["scores"] = {name: interval.as_dict() for name, interval in intervals.items()}
+    write_json(folder / f"{stem}.json", report)
+    logger.info("%s (n = %d)\n%s", report["patients"], report["n"], scores_table(intervals))
+
+
+def _table(cohort: Cohort, probabilities: np.ndarray, config: LymphMILConfig, *, with_labels: bool = False):
+    return prediction_table(
+        [patient.patient_id for patient in cohort.patients],
+        probabilities,
+        [len(patient.images) for patient in cohort.patients],
+        label_names=_label_names(config),
+        threshold=config.decision_threshold,
+        labels=[patient.label for patient in cohort.patients] if with_labels else None,
+    )
+
+
+def _label_names(config: LymphMILConfig) -> list[str]:
+    return [config.id2label[i] for i in range(config.num_labels)]
+
+
+def _evaluation_patients(cohort: Cohort, run: Run, subset: str) -> tuple[Cohort, str]:
+    """The labelled patients to score, and a sentence that says who they are.
+
+    Patients of the run are recognised by their images, not by their names: two cohorts may both have a P1.
+    """
+    labelled = [patient.patient_id for patient in cohort.labelled]
+    if not run.cohort.exists():
+        chosen, note = (
+            labelled,
+            "all labelled patients of the folder (what the model was trained on is not known)",
+        )
+    else:
+        of_part = {part: set(digests) for part, digests in json.loads(run.cohort.read_text())["digests"].items()}
+        seen = {
+            part: [patient_id for patient_id in labelled if not digests.isdisjoint(cohort.digests[patient_id])]
+            for part, digests in of_part.items()
+        }
+        chosen, note = _subset(labelled, seen, subset)
+    if not chosen:
+        raise RecipeError(
+            f"{cohort.root}: no labelled patient to evaluate (--subset {subset}, {len(labelled)} labelled)."
+        )
+    return cohort.select(chosen), note
+
+
+def _subset(labelled: list[str], seen: dict[str, list[str]], subset: str) -> tuple[list[str], str]:
+    trained, chose = len(seen["train"]), len(seen["validation"])
+    if subset == "all":
+        return (
+            labelled,
+            f"all labelled patients of the folder, {trained} training patients of the run among them",
+        )
+    if subset != "held-out":
+        return seen[subset], f"{subset} patients of the run"
+    held_out = [patient_id for patient_id in labelled if patient_id not in set(seen["train"])]
+    validated = f"{chose} validation patients, who chose epoch and threshold, are among them"
+    return (
+        held_out,
+        f"held-out patients ({trained} training patients left out; {validated if chose else 'no validation patient'})",
+    )
+
+
+def _part(cohort: Cohort, part: str) -> Cohort:
+    if part == "all":
+        return cohort
+    if cohort.layout != "challenge":
+        raise RecipeError(
+            f"{cohort.root} is in the {cohort.layout} layout, which has no {part} folder; use --part all."
+        )
+    chosen = [patient.patient_id for patient in cohort.patients if patient.part == part]
+    if not chosen:
+        raise RecipeError(f"{cohort.root}: no usable patient in its {part} folder.")
+    return cohort.select(chosen)
