@@ -4,6 +4,7 @@ import difflib
 import importlib
 import json
 import logging
+import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -221,7 +222,8 @@ def _log_to_terminal() -> None:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         package.addHandler(handler)
-        package.setLevel(logging.INFO)
+        # Of several processes the first one speaks; the others only warn.
+        package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
 if __name__ == "__main__":

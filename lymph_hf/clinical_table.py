@@ -69,10 +69,9 @@ class CsvTable:
 
     def refuse(self, line: int, column: str, expected: object, *, private: bool = False) -> None:
         value, patient = self.rows[line][column], self.rows[line][self.key]
-        shown = _shape(value) if private or _DATE_LIKE.search(value) else value
-        shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
-        whose = f"patient {patient!r}, " if patient and column != self.key else ""
-        self.problems.append(f"line {line}, {whose}column {self.titles[column]!r}: {shown!r}; {expected}")
+        whose = f"patient {_shown(patient)}, " if patient and column != self.key else ""
+        title, shown = self.titles[column], _shown(value, private=private)
+        self.problems.append(f"line {line}, {whose}column {title!r}: {shown}; {expected}")
 
     def raise_problems(self) -> None:
         if not self.problems:
@@ -256,7 +255,7 @@ def check_count(count: float) -> float:
 def parse_label(text: str) -> str:
     """A class name as it is, or a whole number without decimals (``1.0`` -> ``1``)."""
     number = _WHOLE_NUMBER.fullmatch(text)
-    if number is None and _NUMBER.fullmatch(text):
+    if _DATE_LIKE.search(text) or (number is None and _NUMBER.fullmatch(text)):
         raise ValueError("expected a class name or a whole number")
     if number is None:
         return text
@@ -281,9 +280,7 @@ def parse_birth_date(text: str) -> date:
                 return date(int(parts["year"]), int(parts["month"]), int(parts["day"]))
             except ValueError:
                 break
-    raise ValueError(
-        "expected month/day/year or day-month-year with a four-digit year, or empty if unknown"
-    ) from None
+    raise ValueError("expected month/day/year or day-month-year with a four-digit year, or empty if unknown")
 
 
 def age_at(birth: date, reference: date) -> float:
@@ -366,6 +363,11 @@ def _refuse_labels_spelled_alike(table: CsvTable, column: str, labels: dict[int,
             )
 
 
-def _shape(text: str) -> str:
-    """What a private value looks like without what it says: ``03/21/1950`` -> ``dd/dd/dddd``."""
-    return re.sub(r"\d", "d", re.sub(r"[^\W\d_]", "a", text))
+def _shown(text: str, *, private: bool = False) -> str:
+    """A value for an error text; private ones and any date only by their shape: ``'dd/dd/dddd'``.
+
+    Columns get swapped, so a date of birth may stand in any of them.
+    """
+    if private or _DATE_LIKE.search(text):
+        text = re.sub(r"\d", "d", re.sub(r"[^\W\d_]", "a", text))
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")

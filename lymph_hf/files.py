@@ -41,7 +41,7 @@ def writing_folder(path: str | Path) -> Iterator[Path]:
 
 
 def put_in_place(beside: Path, path: Path) -> None:
-    """Rename a finished folder to its place. A folder cannot be replaced in one step: the older one moves aside first."""
+    """Rename a finished folder to its place. The older one moves aside first, then goes."""
     older = path.with_name(f".replaced-{path.name}")
     remove_folder(older)
     if path.exists():

@@ -102,9 +102,7 @@ class PatientMetrics(_PatientModule):
     CITATION = _CITATION
     INPUTS = _INPUTS + "Returns:\n    a dictionary of the scores as floats, and the number of patients, n.\n"
 
-    def _compute(
-        self, predictions: Sequence, references: Sequence[int], threshold: float = 0.5
-    ) -> dict[str, float]:
+    def _compute(self, predictions: Sequence, references: Sequence[int], threshold: float = 0.5) -> dict[str, float]:
         return score(references, self._probabilities(predictions), threshold=threshold)
 
 

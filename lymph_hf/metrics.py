@@ -126,9 +126,7 @@ def confusion(labels: ArrayLike, probabilities: ArrayLike, threshold: float = 0.
     classes = probabilities.shape[1]
     if len(labels) == 0:
         return np.zeros((classes, classes), dtype=np.int64)
-    return confusion_matrix(
-        labels, _decide(probabilities, _checked_threshold(threshold)), labels=range(classes)
-    )
+    return confusion_matrix(labels, _decide(probabilities, _checked_threshold(threshold)), labels=range(classes))
 
 
 def _decide(probabilities: Floats, threshold: float) -> Ints:
@@ -187,9 +185,7 @@ def _ranking(positive: NDArray[np.bool_], ranked_by: Floats, weights: Floats) ->
     return auroc, average_precision
 
 
-def _weight_by_distinct_value(
-    positive: NDArray[np.bool_], ranked_by: Floats, weights: Floats
-) -> tuple[Floats, Floats]:
+def _weight_by_distinct_value(positive: NDArray[np.bool_], ranked_by: Floats, weights: Floats) -> tuple[Floats, Floats]:
     """Weight of positives and of negatives at each of G distinct values, highest first: two (R, G) arrays."""
     order = np.argsort(-ranked_by, kind="stable")
     starts = np.flatnonzero(np.diff(ranked_by[order], prepend=np.inf))
@@ -251,9 +247,7 @@ def bootstrap_intervals(
         return {name: _interval(values[name], draws[name], level, _central(level)) for name in draws}
     left_out = _scores_over(labels, probabilities, threshold, _jackknife_weights(len(labels)))
     return {
-        name: _interval(
-            values[name], draws[name], level, _bca(level, values[name], draws[name], left_out[name])
-        )
+        name: _interval(values[name], draws[name], level, _bca(level, values[name], draws[name], left_out[name]))
         for name in draws
     }
 
@@ -286,9 +280,7 @@ def _block_rows(total: int, patients: int) -> Iterator[int]:
         yield min(rows, total - start)
 
 
-def _scores_over(
-    labels: Ints, probabilities: Floats, threshold: float, blocks: Iterable[Floats]
-) -> dict[str, Floats]:
+def _scores_over(labels: Ints, probabilities: Floats, threshold: float, blocks: Iterable[Floats]) -> dict[str, Floats]:
     parts = [_scores(labels, probabilities, threshold, weights) for weights in blocks]
     if not parts:  # the jackknife of no patients
         parts = [_scores(labels, probabilities, threshold, np.empty((0, 0)))]
@@ -372,7 +364,8 @@ def choose_threshold(
     lower, upper = distinct[:-1], distinct[1:]
     midpoints = lower + (upper - lower) / 2
     # Between neighbouring floats the midpoint rounds to one of them; the lower one must stay below the
-    # threshold. midpoints = np.where(midpoints > lower, midpoints, upper)
+    # threshold.
+    midpoints = np.where(midpoints > lower, midpoints, upper)
     best = midpoints[merit[::-1] == merit.max()]
     return float(best[np.argmin(np.abs(best - 0.5))])
 
@@ -456,9 +449,7 @@ def _reliability_bin(labels: Ints, predicted: Floats) -> ReliabilityBin:
 # Checks -----------------------------------------------------------------------------------------------------
 
 
-def _positive_class(
-    labels: ArrayLike, probabilities: ArrayLike, purpose: str
-) -> tuple[NDArray[np.bool_], Floats]:
+def _positive_class(labels: ArrayLike, probabilities: ArrayLike, purpose: str) -> tuple[NDArray[np.bool_], Floats]:
     """Which patients are positive (n,), and their probability of it (n,); both classes must be present."""
     labels, probabilities = check_predictions(labels, probabilities)
     _check_two_classes(probabilities, purpose)
@@ -493,15 +484,11 @@ def _checked_labels(labels: ArrayLike, classes: int) -> Ints:
     if labels.ndim != 1:
         raise ValueError(f"labels must have shape (n,), got {labels.shape}")
     if labels.size and labels.dtype.kind not in "iub":
-        raise ValueError(
-            f"labels must be integers in 0..{classes - 1}, got dtype {labels.dtype}; map names to them"
-        )
+        raise ValueError(f"labels must be integers in 0..{classes - 1}, got dtype {labels.dtype}; map names to them")
     outside = (labels < 0) | (labels >= classes)
     if outside.any():
         row = int(outside.argmax())
-        raise ValueError(
-            f"labels must lie in 0..{classes - 1} for {classes} classes, got {labels[row]} in row {row}"
-        )
+        raise ValueError(f"labels must lie in 0..{classes - 1} for {classes} classes, got {labels[row]} in row {row}")
     return labels.astype(np.int64)
 
 

@@ -10,7 +10,6 @@ import math
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from .metrics import Interval, check_predictions, confusion, decide, reliability_bins, roc_band, roc_points
+from .metrics import (
+    BINARY_SCORES,
+    Interval,
+    check_predictions,
+    confusion,
+    decide,
+    reliability_bins,
+    roc_band,
+    roc_points,
+)
 
 GREY = "#8c8c8c"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
@@ -60,9 +68,7 @@ _CAPTION_SCORES = ("balanced_accuracy", "auroc", "brier")
 
 
 @contextlib.contextmanager
-def _figure(
-    path: str | os.PathLike, width: float, height: float, layout: str = "constrained"
-) -> Iterator[Figure]:
+def _figure(path: str | os.PathLike, width: float, height: float, layout: str = "constrained") -> Iterator[Figure]:
     """A figure of width x height inches in the common style, saved when the block ends without error."""
     path = Path(path)
     unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
@@ -105,32 +111,25 @@ def cohort_figure(frame: pd.DataFrame, path: str | os.PathLike, *, title: str = 
         _draw_label_counts(axes[0], groups)
         _draw_cells_per_patient(axes[1], groups)
         _draw_covariate(axes[2], groups, "age", "Age", "years")
-        _draw_covariate(
-            axes[3], groups, "lymphocyte_count", "Lymphocyte count", "10⁹ cells per litre, log scale"
-        )
+        _draw_covariate(axes[3], groups, "lymphocyte_count", "Lymphocyte count", "10⁹ cells per litre, log scale")
         _draw_sex(axes[4], groups)
         _draw_missing(axes[5], frame)
 
 
 def _check_counts(frame: pd.DataFrame) -> None:
     """A log axis would leave out a count that is not positive without a word."""
-    counts = (
-        pd.to_numeric(frame["lymphocyte_count"]) if "lymphocyte_count" in frame else pd.Series(dtype=float)
-    )
+    counts = pd.to_numeric(frame["lymphocyte_count"]) if "lymphocyte_count" in frame else pd.Series(dtype=float)
     for row in counts.index[counts <= 0]:
         patient = frame.loc[row].get("patient_id", row)
         raise ValueError(
-            f"patient {patient}: lymphocyte_count must be positive, got {counts[row]};"
-            " correct it or leave it empty"
+            f"patient {patient}: lymphocyte_count must be positive, got {counts[row]}; correct it or leave it empty"
         )
 
 
 def _by_label(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The patients of each label, numeric labels in numeric order, unlabelled patients last."""
     labels = frame["label"].astype("string")
-    names = sorted(
-        labels.dropna().unique(), key=lambda name: (float(name) if name.isdecimal() else math.inf, name)
-    )
+    names = sorted(labels.dropna().unique(), key=lambda name: (float(name) if name.isdecimal() else math.inf, name))
     groups = {name: frame[(labels == name).fillna(False)] for name in names}
     if labels.isna().any():
         groups[UNLABELLED] = frame[labels.isna()]
@@ -139,10 +138,7 @@ def _by_label(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def _palette(groups: Mapping[str, pd.DataFrame]) -> dict[str, str]:
     """One colour per label, grey for unlabelled patients."""
-    return {
-        name: GREY if name == UNLABELLED else COLOURS[number % len(COLOURS)]
-        for number, name in enumerate(groups)
-    }
+    return {name: GREY if name == UNLABELLED else COLOURS[number % len(COLOURS)] for number, name in enumerate(groups)}
 
 
 def _label_rows(ax: Axes, rows: Sequence[str]) -> None:
@@ -185,7 +181,8 @@ def _draw_covariate(ax: Axes, groups: Mapping[str, pd.DataFrame], column: str, t
     """One dot per patient in a row per label, with median and quartiles; the count is drawn on a log axis."""
     ax.set_title(title)
     if not _recorded(groups, column):
-        return _say(ax, "not recorded")
+        _say(ax, "not recorded")
+        return
     rows, colours = [], _palette(groups)
     jitter = np.random.default_rng(0)
     for row, (name, group) in enumerate(groups.items()):
@@ -219,7 +216,8 @@ def _wrapped(name: str) -> str:
 def _draw_sex(ax: Axes, groups: Mapping[str, pd.DataFrame]) -> None:
     ax.set_title("Sex")
     if not _recorded(groups, "sex"):
-        return _say(ax, "not recorded")
+        _say(ax, "not recorded")
+        return
     left = np.zeros(len(groups))
     sizes = np.array([len(group) for group in groups.values()])
     for name, code, colour in (
@@ -269,40 +267,37 @@ def _say(ax: Axes, text: str) -> None:
 # Training ---------------------------------------------------------------------------------------------------
 
 
-def history_figure(
-    history: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, title: str = "Training"
-) -> None:
+def history_figure(history: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, title: str = "Training") -> None:
     """Losses, and scores where there are any, over the course of a run, with the best evaluation marked.
 
     Args:
-        history: records in order of time. Each holds the time as `step` (optimizer steps) or else `epoch`,
-            and any of: values whose name ends in `loss`, drawn in the first panel; values whose name starts
-            with `validation_`, drawn in the second. Other values are left out. A record may lack a value; a
+        history: records in order of time. Each holds the time as `epoch` or else `step` (optimizer steps),
+            and any of: values whose name ends in `loss`, drawn in the first panel; `validation_<score>` for a
+            score of `metrics`, drawn in the second. Other values are left out. A record may lack a value; a
             missing one is None or NaN.
         path: where to write the picture; the suffix says the format.
 
-    The best record is the one with the highest `validation_auroc`, or where none has it the lowest
-    `validation_loss`; the legend says which. Without either none is marked.
+    The best record is the first with the highest `validation_auroc`, and among equals the lowest
+    `validation_loss`, as in training; where none has an AUROC the loss alone decides. The legend says which.
+    Without either none is marked.
 
     Raises:
         ValueError: no records, records that share neither `step` nor `epoch`, or no loss in any.
     """
     if not history:
         raise ValueError("the history has no records: nothing to draw")
-    time = next((key for key in ("step", "epoch") if all(key in record for record in history)), None)
+    time = next((key for key in ("epoch", "step") if all(key in record for record in history)), None)
     if time is None:
         raise ValueError("every record of the history must hold `step`, or every record must hold `epoch`")
     names = list(dict.fromkeys(name for record in history for name in record))
     losses = [name for name in names if name.endswith("loss")]
-    scores = [name for name in names if name.startswith("validation_") and name not in losses]
+    scores = [name for name in names if name in {f"validation_{score}" for score in BINARY_SCORES}]
     if not losses:
         raise ValueError(f"no record of the history holds a value whose name ends in `loss`, only {names}")
     panels = [("Loss", losses)] + ([("Validation scores", scores)] if scores else [])
     with _figure(path, 5.5 * len(panels), 4.2) as figure:
         figure.suptitle(f"{title}: n = {len(history)} records")
-        for ax, (panel, series) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-        ):
+        for ax, (panel, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             ax.set_title(panel)
             _draw_series(ax, history, time, series)
 
@@ -326,11 +321,16 @@ def _draw_series(ax: Axes, history: Sequence[Mapping[str, Any]], time: str, seri
 
 def _best_record(history: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any] | None, str]:
     """The best record and the name of the value that says so; (None, "") when none can say."""
-    for monitor, pick in (("validation_auroc", max), ("validation_loss", min)):
+    for monitor in ("validation_auroc", "validation_loss"):
         candidates = [record for record in history if _present(record.get(monitor))]
         if candidates:
-            return pick(candidates, key=itemgetter(monitor)), monitor
+            return max(candidates, key=_rank), monitor
     return None, ""
+
+
+def _rank(record: Mapping[str, Any]) -> tuple[float, float]:
+    auroc, loss = record.get("validation_auroc"), record.get("validation_loss")
+    return auroc if _present(auroc) else -math.inf, -loss if _present(loss) else -math.inf
 
 
 def _present(value: float | None) -> bool:
@@ -419,7 +419,8 @@ def _draw_roc(ax: Axes, curves: Sequence[_Curve], intervals: Mapping[str, Interv
     ax.set_title("ROC curve" if len(curves) == 1 else "ROC curves, one versus rest")
     defined = [curve for curve in curves if 0 < curve.positive.sum() < len(curve.positive)]
     if not defined:
-        return _say(ax, "undefined: patients of one class only")
+        _say(ax, "undefined: patients of one class only")
+        return
     for curve in defined:
         false_positive, true_positive, _ = roc_points(curve.positive, curve.probability)
         ax.plot(false_positive, true_positive, color=curve.colour, linewidth=1.8, label=_wrapped(curve.name))
@@ -443,14 +444,10 @@ def _draw_reliability(ax: Axes, curves: Sequence[_Curve]) -> None:
         predicted, observed = [b.predicted for b in bins], [b.observed for b in bins]
         ax.plot(predicted, observed, color=curve.colour, marker="o", markersize=5)
         if alone:
-            ax.vlines(
-                predicted, [b.low for b in bins], [b.high for b in bins], color=curve.colour, linewidth=1
-            )
+            ax.vlines(predicted, [b.low for b in bins], [b.high for b in bins], color=curve.colour, linewidth=1)
     _unit_square(ax)
     ax.set_title("Reliability" if alone else "Reliability, one versus rest")
-    ax.set_xlabel(
-        f"mean predicted probability of {curves[0].name}" if alone else "mean predicted probability"
-    )
+    ax.set_xlabel(f"mean predicted probability of {curves[0].name}" if alone else "mean predicted probability")
     ax.set_ylabel("observed share, 95 % Wilson interval" if alone else "observed share")
 
 
@@ -482,9 +479,7 @@ def _draw_strip(
     ax.grid(axis="x")
     ax.set(xlim=(-0.02, 1.02), title="Predicted probability by true class")
     ax.set_xlabel(f"probability of {label_names[1]}" if binary else "probability of the true class")
-    legend = ax.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, columnspacing=1.2, handletextpad=0.4
-    )
+    legend = ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, columnspacing=1.2, handletextpad=0.4)
     for handle in legend.legend_handles[:2]:
         handle.set_color("#404040")
 
