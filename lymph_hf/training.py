@@ -6,11 +6,13 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -58,15 +60,16 @@ def make_accelerator(options, folder: Path | None = None) -> Accelerator:
         TrainingError: the tracker is not installed; the message holds the command that installs it.
     """
     tracker = getattr(options, "tracker", "none")
-    try:
-        return Accelerator(
-            cpu=options.cpu,
-            mixed_precision=options.mixed_precision,
-            log_with=None if tracker == "none" else tracker,
-            project_dir=None if folder is None else str(folder / "logs"),
-        )
-    except (ImportError, ValueError) as error:
-        raise TrainingError(f"{error}. If the tracker is missing: pip install {tracker}, or --tracker none.") from error
+    if tracker != "none" and find_spec(tracker) is None:
+        raise TrainingError(f"{tracker} is not installed: pip install {tracker}, or choose --tracker none.")
+    # Accelerate keeps precision and device of a process's first Accelerator; each run chooses its own.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    return Accelerator(
+        cpu=options.cpu,
+        mixed_precision=options.mixed_precision,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=None if folder is None else str(folder / "logs"),
+    )
 
 
 class TrainingLoop:
