@@ -1,24 +1,75 @@
 """Cell encoders: any timm model, one image in, one vector out."""
 
-import logging
-import sys
-from collections.abc import Mapping
+import functools
+import json
 from dataclasses import dataclass
-from pathlib import Path
+from difflib import get_close_matches
+from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.data import resolve_data_config
+from timm.layers import to_2tuple
+from timm.models import (
+    parse_model_name,
+    resolve_model_input_args,
+    resolve_pretrained_cfg,
+    split_model_name_tag,
+)
 from torch import nn
 
 from .configuration_lymph import LymphMILConfig
+from .encoder_weights import load_encoder_weights
 
-logger = logging.getLogger(__name__)
+# How images must be prepared for an encoder; what a published model says of it goes into the configuration.
+_DATA_KEYS = ("input_size", "fixed_input_size", "mean", "std", "interpolation")
 
 
-def encoder_data_config(config: LymphMILConfig) -> dict:
-    """What timm says the encoder expects.
+@dataclass(frozen=True)
+class EncoderChoice:
+    """An encoder in the form that a configuration keeps, so that a saved model builds without the Hub.
+
+    Attributes:
+        name: plain timm name, for `LymphMILConfig.encoder`.
+        options: for `encoder_options`: what the publisher's model differs in from timm's of that name.
+        weights: for `load_encoder_weights`; `None` where the name says nothing of weights.
+    """
+
+    name: str
+    options: dict[str, Any]
+    weights: str | None
+
+
+def resolve_encoder(name: str) -> EncoderChoice:
+    """What a configuration has to hold for an encoder, wherever it is published.
+
+    Args:
+        name: a timm name (`"vit_small_patch14_dinov2"`, also as `"timm/vit_small_patch14_dinov2"`), a timm model on
+            the Hub (`"hf-hub:1aurent/vit_small_patch14_224.dinobloom"`) or in a folder (`"local-dir:/path"`).
+
+    Raises:
+        ValueError: timm knows no model of that name, or what is published there is not one of timm's.
+        ConnectionError: the Hub cannot be reached.
+        FileNotFoundError: the folder holds no `config.json`.
+    """
+    name = name.removeprefix("timm/")
+    source, _ = parse_model_name(name)
+    if source is None:
+        return EncoderChoice(_known(name), options={}, weights=None)
+    published = _published_arguments(name)
+    architecture, cfg = _known(published.pop("model_name")), published.pop("pretrained_cfg")
+    options = {key: value for key, value in published.items() if key not in ("num_classes", "pretrained_model_args")}
+    if cfg["fixed_input_size"]:
+        options.pop("img_size", None)  # timm has written it into input_size
+    theirs, ours = (json.loads(json.dumps(c)) for c in (cfg, timm.get_pretrained_cfg(architecture).to_dict()))
+    overlay = {key: theirs[key] for key in _DATA_KEYS if theirs[key] != ours[key]}
+    if overlay:
+        options["pretrained_cfg_overlay"] = overlay
+    return EncoderChoice(architecture, options, weights=name)
+
+
+def encoder_data_config(config: LymphMILConfig) -> dict[str, Any]:
+    """What the encoder expects of an image.
 
     Returns:
         A dictionary with `input_size` (channels, height, width), `mean`, `std` and `interpolation`.
@@ -26,10 +77,10 @@ def encoder_data_config(config: LymphMILConfig) -> dict:
     Raises:
         ValueError: timm knows no model of that name.
     """
-    pretrained_cfg = timm.get_pretrained_cfg(_known(config.encoder)).to_dict()
-    data_config = resolve_data_config(pretrained_cfg=pretrained_cfg)
-    if config.image_size is not None:
-        data_config["input_size"] = (3, config.image_size, config.image_size)
+    data_config = resolve_data_config(pretrained_cfg=_pretrained_cfg(config))
+    size = config.image_size or (config.encoder_options or {}).get("img_size")
+    if size is not None:
+        data_config["input_size"] = (3, *to_2tuple(size))
     return data_config
 
 
@@ -40,13 +91,20 @@ def build_encoder(config: LymphMILConfig) -> nn.Module:
     device and would overwrite them.
 
     Raises:
-        ValueError: timm knows no model of that name.
+        ValueError: timm knows no model of that name, or it cannot take the options or the size of the images.
     """
     options = dict(config.encoder_options or {})
-    if timm.get_pretrained_cfg(_known(config.encoder)).fixed_input_size:
+    fixed_input_size = _pretrained_cfg(config)["fixed_input_size"]
+    if config.image_size is not None and (fixed_input_size or "img_size" in options):
         # Transformers with a fixed grid of positions are built for the size; other networks take any size.
-        options.setdefault("img_size", config.image_size)
-    return timm.create_model(config.encoder, pretrained=False, num_classes=0, **options)
+        options["img_size"] = config.image_size
+    try:
+        encoder = timm.create_model(config.encoder, pretrained=False, num_classes=0, **options)
+    except Exception as error:
+        raise ValueError(f"encoder={config.encoder!r} cannot be built with {options}: {error}") from error
+    if config.image_size is not None:
+        _check_image_size(config.encoder, json.dumps(options), config.image_size)
+    return encoder
 
 
 def embedding_size(encoder: nn.Module) -> int:
@@ -70,164 +128,62 @@ def encode_cells(encoder: nn.Module, cells: torch.Tensor, chunk_size: int | None
     return torch.cat([encoder(chunk) for chunk in cells.split(chunk_size)])
 
 
-@dataclass(frozen=True)
-class WeightReport:
-    """Which tensors of an encoder a weight source filled.
-
-    Attributes:
-        source: where the weights come from.
-        matched: names that were loaded, the resized ones included.
-        resized: names loaded after interpolation to another input size.
-        missing: names of the encoder that the source lacks or holds in another shape.
-        unexpected: names in the source that the encoder lacks, such as a classifier.
-        share: fraction of the encoder's numbers that were loaded, in [0, 1].
-    """
-
-    source: str
-    matched: tuple[str, ...]
-    resized: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    share: float
-
-    def summary(self) -> str:
-        """One line for a log, and one more for every group of names that is not empty."""
-        lines = [f"Encoder weights from {self.source}: {self.share:.1%} of the encoder's numbers loaded."]
-        for kind in ("resized", "missing", "unexpected"):
-            if names := getattr(self, kind):
-                lines.append(f"  {kind}: {_first(names)}")
-        return "\n".join(lines)
-
-
-def load_encoder_weights(encoder: nn.Module, source: str | Path, *, minimum_share: float = 0.9) -> WeightReport:
-    """Fill an encoder with weights, and tell what was filled.
-
-    Args:
-        encoder: from `build_encoder`; changed in place, and only when enough matches.
-        source: `"timm"` for the weights that timm publishes for this model, or a file or folder of weights:
-            `.safetensors` (of timm, of this package, ...) or a foreign `.pt`, `.pth`, `.bin` of plain tensors.
-        minimum_share: refuse when a smaller fraction of the encoder's numbers is found in the source.
-
-    Raises:
-        FileNotFoundError: the path does not exist, or the folder holds no weights.
-        ValueError: the file is a pickle of more than tensors, or too little of it matches.
-        ConnectionError: timm's weights cannot be fetched.
-    """
-    tensors = _published_tensors(encoder) if str(source) == "timm" else read_tensors(Path(source))
-    target = encoder.state_dict()
-    tensors = _strip_best_prefix(tensors, target)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    tensors = _convert(tensors, encoder)
-    fitting = {n: t for n, t in tensors.items() if n in target and t.shape == target[n].shape}
-    found = sum(target[name].numel() for name in fitting)
-    report = WeightReport(
-        source=str(source),
-        matched=tuple(fitting),
-        resized=tuple(n for n in fitting if n in shapes and shapes[n] != target[n].shape),
-        missing=tuple(n for n in target if n not in fitting),
-        unexpected=tuple(n for n in tensors if n not in target),
-        share=found / max(1, sum(tensor.numel() for tensor in target.values())),
-    )
-    if report.share < minimum_share:
-        raise ValueError(
-            f"{source}: only {report.share:.1%} of the encoder's numbers are in it, expected at least "
-            f"{minimum_share:.0%}. Is it another architecture? Missing: {_first(report.missing)}; "
-            f"unexpected: {_first(report.unexpected)}."
-        )
-    encoder.load_state_dict(fitting, strict=False)
-    return report
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Named tensors of a weight file, or of the one weight file in a folder.
-
-    Raises:
-        FileNotFoundError: nothing there.
-        ValueError: a pickle that holds more than tensors; it is not executed.
-    """
-    path = _weight_file(path)
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path}: not a file of plain tensors, refused because reading it could run foreign code "
-            f"({type(error).__name__}). Ask its author for safetensors, or convert it where you trust it."
-        ) from error
-    return _tensor_table(content, path)
-
-
 def _known(name: str) -> str:
-    if timm.is_model(name):
-        return name
-    near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
-    raise ValueError(f"encoder={name!r}: timm {timm.__version__} has no such model. Near: {', '.join(near) or 'none'}.")
-
-
-def _published_tensors(encoder: nn.Module) -> dict[str, torch.Tensor]:
-    cfg = encoder.pretrained_cfg
-    name = ".".join(filter(None, (cfg["architecture"], cfg.get("tag"))))
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+        raise ValueError(
+            f"encoder={name!r}: timm {timm.__version__} has no such model. Near: {', '.join(near) or 'none'}."
+        )
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tagged = timm.list_pretrained(f"{split_model_name_tag(name)[0]}.*")
+        raise ValueError(f"encoder={name!r}: {error} Published: {', '.join(tagged) or 'none'}.") from error
+    return name
+
+
+def _pretrained_cfg(config: LymphMILConfig) -> dict[str, Any]:
+    overlay = (config.encoder_options or {}).get("pretrained_cfg_overlay")
+    return resolve_pretrained_cfg(_known(config.encoder), pretrained_cfg_overlay=overlay).to_dict()
+
+
+def _published_arguments(name: str) -> dict[str, Any]:
+    try:
+        return resolve_model_input_args(name)
+    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{name}: what is there is not a timm model ({type(error).__name__}: {error}).") from error
     except Exception as error:
-        raise ConnectionError(
-            f"The weights timm publishes for {name} could not be loaded ({type(error).__name__}: {error}). "
-            "Check the connection, or give a local file with --encoder-weights FILE."
-        ) from error
+        if name.startswith("local-dir:"):
+            raise
+        raise ConnectionError(f"{name} could not be fetched ({type(error).__name__}: {error}).") from error
 
 
-def _weight_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    for pattern in ("*.safetensors", "*.pth", "*.pt", "*.bin"):
-        if files := sorted(path.glob(pattern)):
-            return files[0]
-    raise FileNotFoundError(
-        f"{path}: no weights there. Expected a .safetensors, .pth, .pt or .bin file, or its folder."
-    )
-
-
-def _tensor_table(content, path: Path) -> dict[str, torch.Tensor]:
-    """The largest table of tensors in a checkpoint: authors keep it under `teacher`, `model`, `state_dict` ..."""
-    tables = [content, *(v for v in content.values() if isinstance(v, Mapping))] if isinstance(content, Mapping) else []
-    tables = [{n: t for n, t in table.items() if isinstance(t, torch.Tensor)} for table in tables]
-    best = max(tables, key=len, default={})
-    if not best:
-        raise ValueError(f"{path}: holds no named tensors.")
-    return best
-
-
-def _strip_best_prefix(tensors: dict[str, torch.Tensor], target: Mapping) -> dict[str, torch.Tensor]:
-    """Drop the wrapper's name (`backbone.`, `model.encoder.` ...) under which most names match the encoder's."""
-    prefixes = {""} | {
-        ".".join(parts[:i]) + "." for parts in (n.split(".") for n in tensors) for i in range(1, len(parts))
-    }
-
-    def matches(prefix: str) -> int:
-        return sum(name.startswith(prefix) and name[len(prefix) :] in target for name in tensors)
-
-    best = max(sorted(prefixes, key=len), key=matches)
-    return {n.removeprefix(best): t for n, t in tensors.items()}
-
-
-def _convert(tensors: dict[str, torch.Tensor], encoder: nn.Module) -> dict[str, torch.Tensor]:
-    """timm's own conversion of published layouts and of position embeddings to another input size."""
-    convert = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
-    return tensors if convert is None else dict(convert(tensors, encoder))
-
-
-def _first(names, most: int = 4) -> str:
-    listed = ", ".join(names[:most]) or "none"
-    return f"{listed} and {len(names) - most} more" if len(names) > most else listed
+@functools.lru_cache
+def _check_image_size(name: str, options: str, size: int) -> None:
+    """Try an image on the meta device, where tensors have shapes only and nothing is computed."""
+    with torch.device("meta"), torch.no_grad():
+        encoder = timm.create_model(name, num_classes=0, **json.loads(options))
+        patch = to_2tuple(getattr(getattr(encoder, "patch_embed", None), "patch_size", None) or 1)[0]
+        if rest := size % patch:
+            raise ValueError(
+                f"image_size={size}: {name} cuts images into patches of {patch} pixels and would drop the last {rest}. "
+                f"Choose {size - rest or patch} or {size - rest + patch}."
+            )
+        try:
+            encoder(torch.empty(2, 3, size, size))
+        except Exception as error:
+            raise ValueError(
+                f"image_size={size}: {name} cannot take it ({error}). Its own size is "
+                f"{timm.get_pretrained_cfg(name).input_size[-1]}."
+            ) from error
 
 
 __all__ = [
-    "WeightReport",
+    "EncoderChoice",
     "build_encoder",
     "embedding_size",
     "encode_cells",
     "encoder_data_config",
     "load_encoder_weights",
-    "read_tensors",
+    "resolve_encoder",
 ]

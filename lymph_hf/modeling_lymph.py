@@ -11,7 +11,7 @@ from transformers.modeling_outputs import ModelOutput
 from .configuration_lymph import LymphMILConfig
 from .encoders import build_encoder, embedding_size, encode_cells
 from .fusion import build_fuser
-from .pooling import build_pooler
+from .pooling import build_pooler, check_bags
 
 
 @dataclass
@@ -48,6 +48,10 @@ class LymphMILOutput(ModelOutput):
     bag_embedding: torch.FloatTensor | None = None
 
 
+def _is_loaded(tensor: torch.Tensor) -> bool:
+    return getattr(tensor, "_is_hf_initialized", False)
+
+
 class LymphMILPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation shared by the patient models."""
 
@@ -60,18 +64,41 @@ class LymphMILPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["Block"]
 
+    def _keep_own_initialisation(self):
+        """Networks of timm and our heads initialise themselves; `post_init` must not do it again its own way.
+
+        On the meta device, where `from_pretrained` builds models, nothing is initialised yet: there `_init_weights`
+        has to run, if only for the buffers that no checkpoint holds.
+        """
+        if not any(parameter.is_meta for parameter in self.parameters()):
+            for module in self.modules():
+                module._is_hf_initialized = True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """Initialise what a checkpoint lacks, by each module's own scheme; what was loaded stays."""
+        """Initialise what a checkpoint lacks, by each module's own scheme; what was loaded stays, bit for bit."""
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
-        loaded = [getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False)]
-        if any(loaded) or not hasattr(module, "reset_parameters"):
-            super()._init_weights(module)  # passes over the parameters that were loaded
-        else:
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if all(_is_loaded(tensor) for tensor in own):
+            return
+        # transformers guards the functions of torch.nn.init only, and modules also write in other ways.
+        loaded = [
+            (tensor, tensor.clone()) for tensor in (*module.parameters(), *module.buffers()) if _is_loaded(tensor)
+        ]
+        for parameter in module.parameters(recurse=False):
+            nn.init.trunc_normal_(parameter, std=0.02)  # for tokens, which no scheme covers and memory left undefined
+        if hasattr(module, "reset_parameters"):
             module.reset_parameters()
+        else:
+            super()._init_weights(module)
+        for tensor, value in loaded:
+            tensor.copy_(value)
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None):
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func=None, every_n_layers: int = 1
+    ):
+        """Switch on timm's own checkpointing of the encoder, which knows neither another function nor a stride."""
         self.base_model.encoder.set_grad_checkpointing(enable)
 
 
@@ -96,18 +123,10 @@ class LymphMILModel(LymphMILPreTrainedModel):
             len(config.clinical_features),
             **(config.fusion_options or {}),
         )
+        if not self.fuser.uses_pool:
+            self.pooler = None  # a fusion that reads the cells itself leaves nothing to pool, nor to train there
         self._keep_own_initialisation()
         self.post_init()
-
-    def _keep_own_initialisation(self):
-        """Networks of timm and our heads initialise themselves; `post_init` must not do it again its own way.
-
-        On the meta device, where `from_pretrained` builds models, nothing is initialised yet: there `_init_weights`
-        has to run, if only for the buffers that no checkpoint holds.
-        """
-        if not any(parameter.is_meta for parameter in self.parameters()):
-            for module in self.modules():
-                module._is_hf_initialized = True
 
     def forward(
         self,
@@ -132,8 +151,9 @@ class LymphMILModel(LymphMILPreTrainedModel):
         """
         if cell_embeddings is None:
             cell_embeddings, bag_mask = self._encode(pixel_values, bag_mask, bag_offsets)
-        elif bag_mask is None:
-            bag_mask = torch.ones(cell_embeddings.shape[:2], dtype=torch.bool, device=cell_embeddings.device)
+        else:
+            bag_mask = _mask_of(cell_embeddings, bag_mask)
+        cell_embeddings = cell_embeddings.to(self.dtype)
         auxiliary_losses = []
 
         def pool(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,7 +162,8 @@ class LymphMILModel(LymphMILPreTrainedModel):
                 auxiliary_losses.append(auxiliary_loss)
             return embedding, weights
 
-        bag_embedding, attentions = self.fuser(cell_embeddings, bag_mask, clinical, pool)
+        is_attention = self.pooler is None or self.pooler.is_attention
+        bag_embedding, attentions = self.fuser(cell_embeddings, bag_mask, clinical, pool, is_attention=is_attention)
         return LymphMILModelOutput(
             bag_embedding=bag_embedding,
             attentions=attentions,
@@ -152,13 +173,9 @@ class LymphMILModel(LymphMILPreTrainedModel):
 
     def _encode(self, pixel_values, bag_mask, bag_offsets) -> tuple[torch.Tensor, torch.Tensor]:
         """Only real cells pass the encoder: padding costs nothing and cannot leak. -> (B, N, D), (B, N)"""
-        cells, sizes = _packed(pixel_values, bag_mask, bag_offsets)
-        if (sizes == 0).any():
-            empty = torch.nonzero(sizes == 0).flatten().tolist()
-            raise ValueError(f"Bag(s) {empty} of this batch have no cell: give at least one image per patient.")
-        embeddings = encode_cells(self.encoder, cells, self.config.chunk_size)  # (T, D)
-        if bag_mask is None:
-            bag_mask = torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
+        cells, bag_mask = _real_cells(pixel_values, bag_mask, bag_offsets)
+        check_bags(bag_mask)
+        embeddings = encode_cells(self.encoder, cells.to(self.dtype), self.config.chunk_size)  # (T, D)
         padded = embeddings.new_zeros(*bag_mask.shape, embeddings.shape[-1])
         padded[bag_mask] = embeddings
         return padded, bag_mask
@@ -221,7 +238,7 @@ class LymphMILForBagClassification(LymphMILPreTrainedModel):
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, auxiliary_loss: torch.Tensor | None) -> torch.Tensor:
         if self.config.num_labels == 1:
-            loss = F.mse_loss(logits.squeeze(-1).float(), labels.float())
+            loss = F.mse_loss(logits.float(), labels.float().reshape(logits.shape))
         else:
             # The mean over patients, not torch's weighted mean: that one divides by the weights it finds in the
             # batch, so with one patient per batch the class weights would cancel out.
@@ -234,27 +251,41 @@ class LymphMILForBagClassification(LymphMILPreTrainedModel):
         return loss if auxiliary_loss is None else loss + auxiliary_loss
 
 
-def _packed(pixel_values, bag_mask, bag_offsets) -> tuple[torch.Tensor, torch.Tensor]:
-    """Either form of input -> real cells in a row (T, 3, H, W) and the size of each bag (B,)."""
+def _real_cells(pixel_values, bag_mask, bag_offsets) -> tuple[torch.Tensor, torch.Tensor]:
+    """Either form of input -> the real cells in a row (T, 3, H, W), and which bag and place they fill (B, N)."""
     if pixel_values is None:
         raise ValueError("Give pixel_values (from the image processor) or cell_embeddings.")
     if bag_offsets is not None:
-        if pixel_values.ndim != 4 or int(bag_offsets[-1]) != len(pixel_values):
-            raise ValueError(
-                f"Packed pixel_values must be (T, 3, H, W) with bag_offsets ending at T; got "
-                f"{tuple(pixel_values.shape)} and offsets ending at {int(bag_offsets[-1])}."
-            )
-        return pixel_values, bag_offsets.diff()
+        if bag_mask is not None:
+            raise ValueError("Give bag_offsets with packed cells or bag_mask with padded ones, not both.")
+        return pixel_values, _mask_of_offsets(bag_offsets, pixel_values)
     if pixel_values.ndim != 5:
         raise ValueError(
             f"pixel_values must be (patients, cells, 3, height, width), got {tuple(pixel_values.shape)}. "
             "Use the image processor, or pass bag_offsets with packed cells."
         )
+    bag_mask = _mask_of(pixel_values, bag_mask)
+    return pixel_values[bag_mask], bag_mask
+
+
+def _mask_of(bags: torch.Tensor, bag_mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, N) as booleans; every cell is real where no mask is given."""
     if bag_mask is None:
-        bag_mask = torch.ones(pixel_values.shape[:2], dtype=torch.bool, device=pixel_values.device)
-    if bag_mask.shape != pixel_values.shape[:2]:
-        raise ValueError(f"bag_mask is {tuple(bag_mask.shape)}, expected {tuple(pixel_values.shape[:2])}.")
-    return pixel_values[bag_mask.bool()], bag_mask.sum(dim=1)
+        return torch.ones(bags.shape[:2], dtype=torch.bool, device=bags.device)
+    if bag_mask.shape != bags.shape[:2]:
+        raise ValueError(f"bag_mask is {tuple(bag_mask.shape)}, expected {tuple(bags.shape[:2])} (patients, cells).")
+    return bag_mask.bool()
+
+
+def _mask_of_offsets(bag_offsets: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """(B + 1,) -> (B, N), N the largest bag."""
+    sizes = bag_offsets.diff()
+    if cells.ndim != 4 or bag_offsets[0] != 0 or bag_offsets[-1] != len(cells) or (sizes < 0).any():
+        raise ValueError(
+            f"Packed pixel_values must be (T, 3, H, W) with bag_offsets rising from 0 to T; got "
+            f"{tuple(cells.shape)} and offsets {bag_offsets.tolist()}."
+        )
+    return torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
 
 
 __all__ = ["LymphMILForBagClassification", "LymphMILModel", "LymphMILPreTrainedModel"]

@@ -104,7 +104,7 @@ class ClamSinglePooler(Pooler):
 
     def _cell_loss(self, hidden: Tensor, cells: Tensor, target: Tensor) -> Tensor:
         """Loss of classifier c on its `cells (B, C, k)` (indices) with `target (B, C, k)` -> `(B, C, k)`."""
-        bags = torch.arange(len(hidden), device=hidden.device)[:, None, None]
+        bags = torch.arange(hidden.shape[0], device=hidden.device)[:, None, None]
         logits = self.instance_classifiers(hidden[bags, cells]).unflatten(
             -1, (self.num_labels, 2)
         )  # (B, C, k, C, 2)

@@ -62,7 +62,7 @@ class DSMILPooler(Pooler):
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
         highest, critical = fill_padding(self.classifier(x), mask, -torch.inf).max(dim=1)  # (B, C) both
         queries = self.query(x)  # (B, N, d)
-        bags = torch.arange(len(x), device=x.device).unsqueeze(1)
+        bags = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
         scores = queries[bags, critical] @ queries.transpose(1, 2) * queries.shape[-1] ** -0.5  # (B, C, N)
         attention = masked_softmax(scores, mask.unsqueeze(1))
         embedding = weighted_sum(attention, self.value(x)).flatten(1)

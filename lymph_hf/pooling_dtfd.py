@@ -29,6 +29,7 @@ class DTFDPooler(Pooler):
     In training the deal is random (torch's global generator). In evaluation it must be deterministic and must
     not depend on the order of cells: cells are ranked by their tier-1 score and dealt in turn, so that every
     pseudo-bag holds its share of high and low ones. A bag of fewer than M cells has one pseudo-bag per cell.
+    Scores tied exactly, which bfloat16 makes likely, are dealt in the order of cells.
 
     Args:
         input_size: D.

@@ -127,12 +127,21 @@ class TransMILPooler(TransformerPooler):
         hidden = torch.cat([self.token(x.shape[0]), self.embed(x).relu()], dim=1)  # (B, 1 + N, W)
         real = torch.cat([mask.new_ones(mask.shape[0], 1), mask], dim=1)
         for block in self.blocks:
-            if self.landmarks is None or x.shape[1] <= self.landmarks:
+            if self._is_exact(cells=x.shape[1]):
                 hidden = block(hidden, real)
             else:
                 hidden = block.attend_by_landmarks(hidden, real, self.landmarks)
         token, weights = self.reader.read(hidden[:, :1], mask, hidden[:, 1:])
         return self.norm(token).squeeze(1), weights.squeeze(1), None
+
+    def _is_exact(self, cells: int) -> bool:
+        """Whether exact attention serves: landmarks give the same in small bags, at more cost.
+
+        An exported graph has one path for bags of any size, hence landmarks whenever there are any.
+        """
+        if self.landmarks is None or torch.compiler.is_exporting():
+            return self.landmarks is None
+        return cells <= self.landmarks
 
 
 class SetTransformerPooler(TransformerPooler):

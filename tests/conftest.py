@@ -54,7 +54,9 @@ def tiny_options(cohort_folder):
         values |= {"batch_size": 4, "tracker": "none", "cpu": True, "validation_fraction": 0.3} | changes
         known = [set(group.__dataclass_fields__) for group in groups]
         assert values.keys() <= set.union(*known), "a test names an option that does not exist"
-        return [group(**{k: v for k, v in values.items() if k in names}) for group, names in zip(groups, known, strict=True)]
+        return [
+            group(**{k: v for k, v in values.items() if k in names}) for group, names in zip(groups, known, strict=True)
+        ]
 
     return make
 
