@@ -18,6 +18,7 @@ from timm.models import (
 )
 from torch import nn
 
+from .chunking import encode_in_chunks
 from .configuration_lymph import LymphMILConfig
 from .encoder_weights import load_encoder_weights
 
@@ -112,20 +113,18 @@ def embedding_size(encoder: nn.Module) -> int:
     return encoder.head_hidden_size
 
 
-def encode_cells(encoder: nn.Module, cells: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
-    """Pass cells through the encoder, at most `chunk_size` at once.
+def encode_cells(encoder: nn.Module, cells: torch.Tensor, chunk_size: int | str | None = None) -> torch.Tensor:
+    """Pass cells through the encoder, at most `chunk_size` at once, in the memory of one chunk.
 
     Args:
         encoder: from `build_encoder`.
         cells: (N, 3, H, W), normalised by the image processor.
-        chunk_size: bounds the working memory of inference; `None` means all at once.
+        chunk_size: at least 1; `None` means all at once, `"auto"` what fits into half of the free memory.
 
     Returns:
         (N, D)
     """
-    if chunk_size is None or len(cells) <= chunk_size:
-        return encoder(cells)
-    return torch.cat([encoder(chunk) for chunk in cells.split(chunk_size)])
+    return encode_in_chunks(encoder, cells, chunk_size)
 
 
 def _known(name: str) -> str:

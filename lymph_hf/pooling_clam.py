@@ -105,9 +105,7 @@ class ClamSinglePooler(Pooler):
     def _cell_loss(self, hidden: Tensor, cells: Tensor, target: Tensor) -> Tensor:
         """Loss of classifier c on its `cells (B, C, k)` (indices) with `target (B, C, k)` -> `(B, C, k)`."""
         bags = torch.arange(hidden.shape[0], device=hidden.device)[:, None, None]
-        logits = self.instance_classifiers(hidden[bags, cells]).unflatten(
-            -1, (self.num_labels, 2)
-        )  # (B, C, k, C, 2)
+        logits = self.instance_classifiers(hidden[bags, cells]).unflatten(-1, (-1, 2))  # (B, C, k, C, 2)
         own = torch.arange(self.num_labels, device=hidden.device)
         logits = at_least_float32(logits[:, own, :, own]).transpose(0, 1)  # (B, C, k, 2)
         logits = logits + self.margin * (1 - F.one_hot(target, 2))
@@ -116,8 +114,7 @@ class ClamSinglePooler(Pooler):
 
 
 class ClamMultiPooler(ClamSinglePooler):
-    """CLAM with one attention branch per label; `(B, N, D)` -> `(B, num_labels * W)`, the branches side by
-    side.
+    """CLAM with one attention branch per label; `(B, N, D)` -> `(B, num_labels * W)`, side by side.
 
     Source and options as in `ClamSinglePooler`; label c takes its pseudo-labels from its own branch.
 

@@ -10,7 +10,6 @@ import math
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -22,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from .files import writing_file
 from .metrics import (
     BINARY_SCORES,
     Interval,
@@ -70,16 +70,11 @@ _CAPTION_SCORES = ("balanced_accuracy", "auroc", "brier")
 @contextlib.contextmanager
 def _figure(path: str | os.PathLike, width: float, height: float, layout: str = "constrained") -> Iterator[Figure]:
     """A figure of width x height inches in the common style, saved when the block ends without error."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout=layout)
         yield figure
-        try:
-            figure.savefig(unfinished)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with writing_file(path) as beside:
+            figure.savefig(beside)
 
 
 # Cohort -----------------------------------------------------------------------------------------------------

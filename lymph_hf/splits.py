@@ -7,7 +7,6 @@ the cohort's identifiers, labels and links and on the seed alone: the order of r
 
 import json
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +18,7 @@ import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
 from .cohort import Cohort, first_names, linked_groups, patient_links
+from .files import write_json
 from .split_files import PARTS, SplitError, read_split_lists
 
 logger = logging.getLogger(__name__)
@@ -75,16 +75,8 @@ class Split:
         return cls(**{name: tuple(value) if name in PARTS else value for name, value in values.items()})
 
     def save(self, path: str | Path) -> None:
-        """Write JSON beside ``path`` and rename it, so that a half-written split never looks finished."""
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            beside.write_text(
-                json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        """Write JSON in one step, so that a half-written split never looks finished."""
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -34,7 +34,7 @@ POOLER_CASES: dict[str, tuple[str, dict]] = {
     "instance_logits/max": ("instance_logits", {"aggregation": "max"}),
     "instance_logits/log_sum_exp": ("instance_logits", {"aggregation": "log_sum_exp"}),
     "self_attention/mean": ("self_attention", {**TRANSFORMER, "aggregation": "mean"}),
-    "transmil/landmarks": ("transmil", {**TRANSFORMER, "landmarks": 4, "num_layers": 3}),
+    "transmil/landmarks": ("transmil", {**TRANSFORMER, "landmarks": 4}),
     "clam_sb/smooth_svm": ("clam_sb", {"width": 16, "k": 3, "instance_loss": "smooth_svm"}),
 }
 FUSER_CASES: dict[str, tuple[str, dict]] = {name: (name, {}) for name in FUSERS} | {
