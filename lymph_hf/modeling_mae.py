@@ -157,6 +157,12 @@ class LymphMAEForPreTraining(LymphMILPreTrainedModel):
         patches = patches.scatter(1, _expanded(output.ids_predicted, predicted), predicted)
         return unpatchify(patches, self._patch)
 
+    @torch.no_grad()
+    def visible(self, pixel_values: torch.Tensor, output: LymphMAEOutput) -> torch.Tensor:
+        """(B, 3, S, S): what the encoder saw, hidden patches 0."""
+        patches = patchify(pixel_values, self._patch).masked_fill(output.mask[..., None], 0.0)
+        return unpatchify(patches, self._patch)
+
     @property
     def _patch(self) -> int:
         return self.encoder.patch_embed.patch_size[0]

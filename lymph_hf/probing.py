@@ -189,6 +189,11 @@ def predict_folds(
     return np.concatenate(rows), np.concatenate(predicted)
 
 
+def balanced_accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean recall over the types that occur in `labels`."""
+    return float(np.mean([np.mean(predicted[labels == c] == c) for c in np.unique(labels)]))
+
+
 def balanced_accuracy_interval(
     labels: np.ndarray,
     predicted: np.ndarray,
@@ -213,7 +218,7 @@ def balanced_accuracy_interval(
     np.add.at(right, (of_group, of_type), (labels == predicted).astype(float))
     draws = np.concatenate([_mean_recall(w @ right, w @ total) for w in bootstrap_weights(shape[0], resamples, seed)])
     defined = draws[~np.isnan(draws)]  # a resample without a cell of some type says nothing
-    value = float(_mean_recall(right.sum(axis=0), total.sum(axis=0)))
+    value = balanced_accuracy(labels, predicted)
     if not len(defined):
         return Interval(value, np.nan, np.nan, level, 1.0)
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])

@@ -19,9 +19,20 @@ SOURCE = re.compile(r"arXiv (\d{4}\.\d{4,5})|doi\s+(10\.[^\s,:)]+)|(hal-\d+)", r
 def row(name: str, kind: type) -> str:
     """`name | first sentence | first paper | options`."""
     text = " ".join(inspect.getdoc(kind).split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[^.])[.;:](?:\s|$)", text)[0].replace("|", "\\|")
-    options = [p for p, v in inspect.signature(kind).parameters.items() if v.kind is v.KEYWORD_ONLY and p != "num_labels"]
+    sentence = re.split(r"[.;](?:\s|$)|: `", text)[0].replace("|", "\\|")
+    options = sorted(options_of(kind))
     return f"| `{name}` | {sentence} | {source(kind)} | {', '.join(f'`{option}`' for option in options)} |"
+
+
+def options_of(kind: type) -> set[str]:
+    """Keyword options of a class, and of the parents it passes `**options` on to."""
+    found: set[str] = set()
+    for parent in kind.__mro__:
+        parameters = inspect.signature(parent.__init__).parameters.values()
+        found |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found - {"num_labels"}
 
 
 def source(kind: type) -> str:
