@@ -4,11 +4,13 @@ Importing the package registers its models with the Auto classes of transformers
 `AutoModel.from_pretrained("lymph-mil")` works.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from .configuration_lymph import LymphMILConfig
+from .configuration_mae import LymphMAEConfig
 from .fusion import FUSERS
 from .modeling_lymph import LymphMILForBagClassification, LymphMILModel
+from .modeling_mae import LymphMAEForPreTraining
 from .pooling import POOLERS
 from .processing_lymph import ClinicalStandardizer, LymphImageProcessor
 from .version import __version__
@@ -18,11 +20,18 @@ AutoConfig.register(LymphMILConfig.model_type, LymphMILConfig)
 AutoModel.register(LymphMILConfig, (LymphMILModel, LymphMILForBagClassification))
 AutoImageProcessor.register(LymphMILConfig, image_processor_classes={"torchvision": LymphImageProcessor})
 
+AutoConfig.register(LymphMAEConfig.model_type, LymphMAEConfig)
+AutoModel.register(LymphMAEConfig, LymphMAEForPreTraining)
+AutoModelForPreTraining.register(LymphMAEConfig, LymphMAEForPreTraining)
+AutoImageProcessor.register(LymphMAEConfig, image_processor_classes={"torchvision": LymphImageProcessor})
+
 __all__ = [
     "FUSERS",
     "POOLERS",
     "ClinicalStandardizer",
     "LymphImageProcessor",
+    "LymphMAEConfig",
+    "LymphMAEForPreTraining",
     "LymphMILConfig",
     "LymphMILForBagClassification",
     "LymphMILModel",

@@ -155,7 +155,7 @@ class BagDataset(torch.utils.data.Dataset):
         """`(epoch, index)`, or an index alone (epoch 0) -> `pixel_values` (N, 3, H, W), `clinical` (F,), `labels`."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         row = self.rows[index].to_pylist()[0]
-        generator = torch.Generator().manual_seed(_derived_seed(self.seed, epoch, index))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch, index))
         encoded = self._sample(row["images"], generator)
         cells = self.processor.stack([open_cell_image(image["bytes"]).image for image in encoded])
         if self.augmentation is not None:
@@ -214,5 +214,6 @@ def _encoded(path: Path) -> dict:
     return {"bytes": path.read_bytes(), "path": path.name}
 
 
-def _derived_seed(*parts: int) -> int:
+def derived_seed(*parts: int) -> int:
+    """A seed that follows from all parts, and from their order."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
 from .augment import Augmentation
-from .bags import Key, _derived_seed
+from .bags import Key, derived_seed
 from .clinical_table import CohortError
 from .images import open_cell_image
 from .processing_lymph import LymphImageProcessor
@@ -168,7 +168,7 @@ class CellDataset(torch.utils.data.Dataset):
     def __getitem__(self, key: Key | int) -> dict[str, Any]:
         """`(epoch, row)`, or a row alone (epoch 0) -> `pixel_values` (3, H, W), and `noise` (L,) or `labels`."""
         epoch, row = key if isinstance(key, tuple) else (0, key)
-        generator = torch.Generator().manual_seed(_derived_seed(self.seed, epoch, row))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch, row))
         cell = self._decoded(row) if self.pixels is None else self.pixels[row : row + 1]
         if self.augmentation is not None:
             cell = self.augmentation(cell, generator)

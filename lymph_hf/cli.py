@@ -16,6 +16,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from . import options as o
+from . import options_pretrain as p
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,23 @@ COMMANDS = {
             "accelerate launch scripts/train.py --data cohort --output runs/first",
         ),
     ),
+    "pretrain": Command(
+        "pretraining:pretrain",
+        (p.PretrainOptions,),
+        "pretrain a cell encoder (masked autoencoder, or cell types)",
+        (
+            "lymph pretrain --data cells --output runs/mae",
+            "lymph pretrain --data cells cohort --split runs/first --output runs/mae",
+            "lymph pretrain --data cells --objective cell-type --encoder-weights runs/mae/encoder --output runs/types",
+            "accelerate launch scripts/pretrain_mae.py --data cells --output runs/mae",
+        ),
+    ),
+    "probe": Command(
+        "probing:probe",
+        (p.ProbeOptions,),
+        "kNN and linear probe of an encoder on labelled cells",
+        ("lymph probe --data cells --encoder-weights runs/mae/encoder --held-out runs/mae/encoder --output probe",),
+    ),
     "evaluate": Command(
         "recipes:evaluate",
         (o.CohortOptions, o.EvaluateOptions, o.InferenceOptions),
@@ -99,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command.run(parsed)
     except KeyboardInterrupt:
-        logger.error("Interrupted.%s", " Run the same command with --resume to go on." if name == "train" else "")
+        advice = " Run the same command with --resume to go on." if name in ("train", "pretrain") else ""
+        logger.error("Interrupted.%s", advice)
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         # Expected failures say what to do; the traceback is for those who ask for it.

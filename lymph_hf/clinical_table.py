@@ -222,10 +222,12 @@ def _add_row(table: CsvTable, line: int, columns: list[str], cells: list[str]) -
 
 
 def is_missing(text: str) -> bool:
+    """Whether a cell of the table says that nothing is known."""
     return text.casefold() in MISSING
 
 
 def parse_sex(text: str) -> str:
+    """`"F"` or `"M"`."""
     sex = _SEXES.get(text.casefold())
     if sex is None:
         raise ValueError("expected F, M, female or male, or empty if unknown")
@@ -233,6 +235,7 @@ def parse_sex(text: str) -> str:
 
 
 def check_age(years: float) -> float:
+    """The age, if a person can have it."""
     if not 0 <= years <= MAX_AGE:
         raise ValueError(f"expected an age from 0 to {MAX_AGE:g} years, or empty if unknown")
     return years
@@ -266,6 +269,7 @@ def parse_label(text: str) -> str:
 
 
 def parse_challenge_label(text: str) -> str | None:
+    """The class name of the challenge's number; `None` for -1, a label that is withheld."""
     number = _WHOLE_NUMBER.fullmatch(text)
     if number is None or number[1] not in CHALLENGE_LABELS:
         raise ValueError("expected 0 (reactive), 1 (tumoral) or -1 (unlabelled)")

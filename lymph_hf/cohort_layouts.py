@@ -163,6 +163,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def is_image(path: Path) -> bool:
+    """By its suffix; whether it can be decoded is seen later."""
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 

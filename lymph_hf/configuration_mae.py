@@ -35,7 +35,8 @@ class LymphMAEConfig(PreTrainedConfig):
             were left out. `None` for weights that were never trained.
 
     Raises:
-        ValueError: when a value is out of range; the message names the value and the legal range.
+        StrictDataclassError: a value of the wrong type or out of range; the message names it and the legal range.
+        ValueError: an unknown key that is a near miss of a known one.
 
     Example:
 

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .configuration_mae import LymphMAEConfig
 from .encoders import build_encoder
-from .modeling_lymph import LymphMILModel, LymphMILPreTrainedModel
+from .modeling_lymph import LymphMILPreTrainedModel
 
 
 @dataclass
@@ -95,7 +95,7 @@ class LymphMAEForPreTraining(LymphMILPreTrainedModel):
         _check_encoder(self.encoder, config)
         _initialise_encoder(self.encoder)
         self.decoder = MAEDecoder(config, self.encoder)
-        LymphMILModel._keep_own_initialisation(self)
+        self._keep_own_initialisation()
         self.post_init()
 
     @property
@@ -190,8 +190,10 @@ class LymphMAEForPreTraining(LymphMILPreTrainedModel):
             raise ValueError(f"noise must be {shape}, one number per image and patch; got {tuple(noise.shape)}.")
         return noise
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None):
-        super()._set_gradient_checkpointing(enable)
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func=None, every_n_layers: int = 1
+    ):
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
         self.decoder.grad_checkpointing = enable
 
 

@@ -3,6 +3,7 @@
 `HfArgumentParser` turns each dataclass into flags, and the saved `settings.json` of a run holds the same names.
 """
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +14,24 @@ def option(default: Any, help: str) -> Any:
     """A dataclass field with its help text. `...` makes it required."""
     metadata = {"help": help.replace("%", "%%")}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+def json_option(name: str, text: str | None) -> dict[str, Any] | None:
+    """The value of an option that holds a JSON object; `None` stays `None`.
+
+    Raises:
+        ValueError: something else; the message names the option.
+    """
+    if text is None:
+        return None
+    flag = f"--{name.replace('_', '-')}"
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{flag} {text!r} is not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{flag} {text!r}: expected a JSON object such as '{{\"key\": 1}}'.")
+    return value
 
 
 @dataclass(kw_only=True)

@@ -29,6 +29,7 @@ class PretrainOptions:
     encoder_weights: str | None = option(
         None, "start from 'timm' for published weights, or a file or folder of weights; by default random"
     )
+    encoder_options: str | None = option(None, "JSON of further timm.create_model arguments")
     image_size: int | None = option(None, "side of the input in pixels; by default what the encoder expects")
     mask_ratio: float = option(0.75, "mae: share of the patches that the encoder does not see")
     decoded_share: float = option(1.0, "mae: share of the hidden patches that are decoded; less is faster")
@@ -51,7 +52,7 @@ class PretrainOptions:
     batch_size: int = option(256, "cells per optimizer step, over all processes")
     micro_batch: int = option(256, "cells per forward pass of one process; changes memory, not the result")
     learning_rate: float | None = option(
-        None, "peak rate; by default (He et al. 2022) batch size / 256 times 1.5e-4 for mae, 5e-4 for cell-type"
+        None, "peak rate; by default (He et al. 2022) batch size / 256 times 1.5e-4 for mae, 1e-3 for cell-type"
     )
     weight_decay: float = option(0.05, "of AdamW; norms, biases, positions and tokens have none")
     warmup: float = option(0.1, "share of the steps with rising rate, before the cosine decay to zero")
@@ -78,6 +79,7 @@ class ProbeOptions:
     encoder_weights: str | None = option(
         None, "'timm' for published weights, or a file or folder of weights; by default random weights"
     )
+    encoder_options: str | None = option(None, "JSON of further timm.create_model arguments")
     image_size: int | None = option(None, "side of the input in pixels; by default what the encoder expects")
     held_out: str | None = option(
         None,

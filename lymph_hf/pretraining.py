@@ -4,7 +4,6 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from .configuration_mae import LymphMAEConfig
 from .encoders import build_encoder, embedding_size, encoder_data_config, load_encoder_weights
 from .files import write_json, writing_folder
 from .modeling_mae import LymphMAEForPreTraining
+from .options import json_option
 from .options_pretrain import PretrainOptions
 from .pretraining_data import PretrainingError, permitted_cells
 from .pretraining_scores import PretrainingValidation
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 # He et al. 2022, tables 8 (pretraining) and 9 (fine-tuning).
 BETAS = {"mae": (0.9, 0.95), "cell-type": (0.9, 0.999)}
-BASE_RATES = {"mae": 1.5e-4, "cell-type": 5e-4}  # per 256 cells of a batch
+BASE_RATES = {"mae": 1.5e-4, "cell-type": 1e-3}  # per 256 cells of a batch
 FINE_TUNING_LAYER_DECAY = 0.75
 # Labels say what a good encoder is; without them the held-out loss has to.
 MONITORS = {
@@ -87,7 +87,7 @@ def pretrain(options: PretrainOptions) -> Path:
         validation = PretrainingValidation(train_cells, held_cells, processor, inputs, options, accelerator, figures)
     if options.tracker != "none":
         accelerator.init_trackers("lymph-hf", config={name: str(value) for name, value in settings.items()})
-    loop = PretrainingLoop(
+    loop = TrainingLoop(
         accelerator,
         model,
         train_set,
@@ -156,7 +156,11 @@ def new_model(
     options: PretrainOptions, type_names: tuple[str, ...]
 ) -> tuple[LymphMAEForPreTraining | CellTypeClassifier, LymphImageProcessor]:
     """The model of the objective, its encoder filled with the given weights, and the processor of its images."""
-    shared = {"encoder": options.encoder, "image_size": options.image_size}
+    shared = {
+        "encoder": options.encoder,
+        "encoder_options": json_option("encoder_options", options.encoder_options),
+        "image_size": options.image_size,
+    }
     if options.objective == "mae":
         own = ("mask_ratio", "decoded_share", "decoder_depth", "decoder_width", "decoder_heads", "norm_pix_loss")
         config = LymphMAEConfig(**shared, **{name: getattr(options, name) for name in own})
@@ -211,30 +215,6 @@ def build_optimizer(model: nn.Module, options: PretrainOptions) -> torch.optim.O
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=BETAS[options.objective])
 
 
-class PretrainingLoop(TrainingLoop):
-    """`TrainingLoop` with a given optimizer."""
-
-    def __init__(self, accelerator, model, dataset, collate, options, folder, *, optimizer, **keywords):
-        # The parent builds its own optimizer, so it needs rates; they are replaced below.
-        rates = {"learning_rate": 0.0, "encoder_learning_rate": None}
-        super().__init__(
-            accelerator,
-            model,
-            dataset,
-            collate,
-            SimpleNamespace(**(asdict(options) | rates)),
-            folder,
-            **keywords,
-        )
-        schedule = self.schedule.lr_lambdas[0]
-        groups = optimizer.param_groups
-        for group in groups:
-            group["initial_lr"], group["lr"] = group["lr"], group["lr"] * schedule(0)
-        self.schedule.base_lrs = [group["initial_lr"] for group in groups]
-        self.schedule.lr_lambdas = [schedule] * len(groups)
-        self.optimizer.optimizer.param_groups = groups
-
-
 def export(
     model: LymphMAEForPreTraining | CellTypeClassifier,
     processor: LymphImageProcessor,
@@ -255,7 +235,8 @@ def export(
             beside,
             safe_serialization=True,
             data_config=data_config,
-            model_config={"pretraining": summary},
+            # What timm says of its own weights of this name, their licence included, does not hold for these.
+            model_config={"pretraining": summary, "pretrained_cfg": {"tag": "lymph", "license": None}},
         )
         write_json(beside / RECORD, record)
     if isinstance(model, LymphMAEForPreTraining):

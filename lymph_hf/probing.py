@@ -24,6 +24,7 @@ from .encoders import build_encoder, load_encoder_weights
 from .files import write_json
 from .images import open_cell_image
 from .metrics import Interval, bootstrap_weights
+from .options import json_option
 from .options_pretrain import ProbeOptions
 from .processing_lymph import LymphImageProcessor
 from .reporting import gallery, scores_table
@@ -66,12 +67,16 @@ def probe(options: ProbeOptions) -> dict[str, Any]:
         cells = _labelled_cells(options)
     folds, how = _folds(cells, options)
     set_seed(options.seed)  # of random weights
-    config = LymphMILConfig(encoder=options.encoder, image_size=options.image_size)
+    config = LymphMILConfig(
+        encoder=options.encoder,
+        encoder_options=json_option("encoder_options", options.encoder_options),
+        image_size=options.image_size,
+    )
     encoder = build_encoder(config)
     if options.encoder_weights is not None:
         logger.info("%s", load_encoder_weights(encoder, options.encoder_weights).summary())
     dataset = CellDataset(cells, LymphImageProcessor.from_config(config))
-    encoder = accelerator.prepare(encoder.eval())
+    encoder = encoder.to(accelerator.device).eval()
     embeddings = embed_cells(encoder, dataset, accelerator, batch_size=options.batch_size, workers=options.workers)
     names = cells.type_names
     labels = np.array([names.index(name) for name in cells.cell_types])

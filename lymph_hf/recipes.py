@@ -30,6 +30,7 @@ from .options import (
     SplitOptions,
     SynthOptions,
     TrainingOptions,
+    json_option,
 )
 from .processing_lymph import ClinicalStandardizer, LymphImageProcessor
 from .reporting import cohort_figure, evaluation_figure, history_figure, scores_table
@@ -324,12 +325,12 @@ def _new_model(
     weights = class_weights([numbers[patient.label] for patient in patients], len(label_names))
     config = LymphMILConfig(
         encoder=options.encoder,
-        encoder_options=_json_option("encoder_options", options.encoder_options),
+        encoder_options=json_option("encoder_options", options.encoder_options),
         image_size=options.image_size,
         pooling=options.pooling,
-        pooling_options=_json_option("pooling_options", options.pooling_options),
+        pooling_options=json_option("pooling_options", options.pooling_options),
         fusion=options.fusion,
-        fusion_options=_json_option("fusion_options", options.fusion_options),
+        fusion_options=json_option("fusion_options", options.fusion_options),
         clinical_features=list(standardizer.features),
         dropout=options.dropout,
         chunk_size=options.chunk_size,
@@ -344,18 +345,6 @@ def _new_model(
     if options.freeze_encoder:
         model.model.encoder.requires_grad_(False)
     return model, LymphImageProcessor.from_config(config, standardizer)
-
-
-def _json_option(name: str, text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"--{name.replace('_', '-')} {text!r} is not JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise RecipeError(f"--{name.replace('_', '-')} {text!r}: expected a JSON object such as '{{\"key\": 1}}'.")
-    return value
 
 
 def _clinical(patient) -> dict[str, Any]:

@@ -91,6 +91,7 @@ class TrainingLoop:
         monitors: which scores decide, in this order; the later ones break ties.
         sample_weights: chance of each example to be drawn; `None` sees each once per epoch.
         encoder: the part of the model that learns at `encoder_learning_rate`; `None` = no part does.
+        optimizer: in place of AdamW with the rates and the weight decay of the options.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class TrainingLoop:
         monitors: Sequence[Monitor] = (Monitor("auroc"), Monitor("loss", larger_is_better=False)),
         sample_weights: Sequence[float] | None = None,
         encoder: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ):
         self.accelerator = accelerator
         self.dataset = dataset
@@ -124,7 +126,7 @@ class TrainingLoop:
             process=accelerator.process_index,
         )
         self.total_steps = options.epochs * self.plan.steps
-        optimizer = torch.optim.AdamW(parameter_groups(model, options, encoder))
+        optimizer = optimizer or torch.optim.AdamW(parameter_groups(model, options, encoder))
         warmup_steps = round(options.warmup * self.total_steps)
         self.schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps, self.total_steps)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)

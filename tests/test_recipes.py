@@ -291,7 +291,7 @@ def test_encoder_weights_are_loaded_into_the_encoder(trained_run, tiny_options, 
 
 @pytest.mark.parametrize("name", ["encoder_options", "pooling_options", "fusion_options"])
 def test_options_in_json_are_checked(name, tiny_options, tmp_path):
-    with pytest.raises(RecipeError, match="JSON"):
+    with pytest.raises(ValueError, match="JSON"):
         recipes.train(*tiny_options(tmp_path / "run", **{name: "{hidden: 3"}))
 
 

@@ -1,0 +1,167 @@
+"""Poolings beside torchmil's classes of the same sizes: time and memory of a training step, as ratios.
+
+Both libraries run in turns in one process, on the same bags and with the same widths; a ratio above 1 means that
+ours is faster or smaller. Memory is what a forward pass keeps for the backward pass. Needs `pip install '.[bench]'`;
+without torchmil only our own figures are printed.
+
+    python scripts/bench_poolers.py
+    python scripts/bench_poolers.py --rounds 20 --threads 1
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lymph_hf.pooling import POOLERS, build_pooler
+
+try:
+    import torchmil.models as torchmil
+except ImportError:
+    torchmil = None
+
+WIDTH = 384
+SETTINGS = {"8 x 64": (8, 64), "1 x 10,000": (1, 10_000)}
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def embed(width: int) -> nn.Module:
+    """The projection that our pooling holds and torchmil takes as feature extractor."""
+    return nn.Sequential(nn.Linear(WIDTH, width), nn.ReLU())
+
+
+def pairs() -> dict[str, tuple[dict, Callable[[], nn.Module] | None]]:
+    """Our options, and the class of torchmil with the same sizes where there is one."""
+    shape = (WIDTH,)
+    found: dict[str, tuple[dict, Callable[[], nn.Module] | None]] = {name: ({}, None) for name in POOLERS}
+    if torchmil is not None:
+        found |= {
+            "attention": ({}, lambda: torchmil.ABMIL(shape, att_dim=128)),
+            "gated_attention": ({}, lambda: torchmil.ABMIL(shape, att_dim=128, gated=True)),
+            "self_attention": (
+                {"width": 512, "num_heads": 8},
+                lambda: torchmil.TransformerABMIL(shape, transf_att_dim=512, transf_n_heads=8, pool_gated=True),
+            ),
+            "clam_sb": (
+                {"width": 256, "hidden_size": 128, "k": 10},
+                lambda: torchmil.CLAM_SB(shape, att_dim=128, gated=True, k_sample=10, feat_ext=embed(256)),
+            ),
+            "dsmil": ({"width": 384, "hidden_size": 128}, lambda: torchmil.DSMIL(shape, att_dim=128)),
+            "dtfd": (
+                {"width": 256, "hidden_size": 128, "pseudo_bags": 8},
+                lambda: torchmil.DTFDMIL(shape, att_dim=128, n_groups=8, distill_mode="afs", feat_ext=embed(256)),
+            ),
+            "transmil": (
+                {"width": 512, "num_heads": 4, "num_layers": 2},
+                lambda: torchmil.TransMIL(shape, att_dim=512, n_heads=4, n_layers=2, n_landmarks=256),
+            ),
+        }
+    return found
+
+
+def our_step(name: str, options: dict) -> tuple[nn.Module, Step]:
+    """Pooling, linear classifier, cross-entropy and auxiliary loss."""
+    pooler = build_pooler(name, WIDTH, num_labels=2, **options)
+    model = nn.ModuleList([pooler, nn.Linear(pooler.output_size, 2)])
+
+    def step(x: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        embedding, _, auxiliary = pooler.pool(x, mask, labels)
+        loss = F.cross_entropy(model[1](embedding), labels)
+        return loss if auxiliary is None else loss + auxiliary
+
+    return model, step
+
+
+def their_step(model: nn.Module) -> Step:
+    """torchmil's own loss; TransMIL takes no mask."""
+
+    def step(x: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        masked = () if type(model).__name__ == "TransMIL" else (mask,)
+        _, losses = model.compute_loss(labels, x, *masked)
+        return sum(loss.mean() for loss in losses.values())
+
+    return step
+
+
+def seconds(model: nn.Module, step: Step, batch: tuple[torch.Tensor, ...]) -> float:
+    """Time of one forward and backward pass."""
+    model.zero_grad(set_to_none=True)
+    start = time.perf_counter()
+    step(*batch).backward()
+    return time.perf_counter() - start
+
+
+def kept_bytes(model: nn.Module, step: Step, batch: tuple[torch.Tensor, ...]) -> int:
+    """Bytes that the forward pass keeps for the backward pass, parameters and input aside."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *batch)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = step(*batch)
+    loss.backward()
+    return sum(kept.values())
+
+
+def make_batch(bags: int, cells: int) -> tuple[torch.Tensor, ...]:
+    """Random bags; where there are several, each has another size, so that masks matter."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.linspace(cells // 4, cells, bags).long() if bags > 1 else torch.tensor([cells])
+    mask = torch.arange(cells) < sizes[:, None]
+    x = torch.randn(bags, cells, WIDTH, generator=generator) * mask[..., None]
+    return x, mask, torch.arange(bags) % 2
+
+
+def compare(name: str, batch: tuple[torch.Tensor, ...], rounds: int) -> dict[str, float]:
+    """Median times and memory of ours and, where it exists, theirs; measured in turns."""
+    options, make_theirs = pairs()[name]
+    torch.manual_seed(0)
+    steps = {"ours": our_step(name, options)}
+    if make_theirs is not None:
+        theirs = make_theirs()
+        steps["theirs"] = (theirs, their_step(theirs))
+    times: dict[str, list[float]] = {who: [] for who in steps}
+    for round_number in range(rounds + 2):
+        for who, (model, step) in steps.items():
+            elapsed = seconds(model, step, batch)
+            if round_number >= 2:  # the first rounds warm up
+                times[who].append(elapsed)
+    row = {who: statistics.median(values) for who, values in times.items()}
+    return row | {f"{who} kept": kept_bytes(model, step, batch) for who, (model, step) in steps.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each (default 9)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
+    parser.add_argument("--poolings", nargs="+", choices=list(POOLERS), default=list(POOLERS), metavar="NAME")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print("| bags x cells | pooling | ours, ms | torchmil / ours: time | kept by ours, MB | torchmil / ours: memory |")
+    print("|---|---|---|---|---|---|")
+    ratios = []
+    for title, size in SETTINGS.items():
+        batch = make_batch(*size)
+        for name in arguments.poolings:
+            row = compare(name, batch, arguments.rounds)
+            faster = smaller = ""
+            if "theirs" in row:
+                ratios.append(row["theirs"] / row["ours"])
+                faster, smaller = f"{ratios[-1]:.2f}", f"{row['theirs kept'] / row['ours kept']:.2f}"
+            kept = row["ours kept"] / 2**20
+            print(f"| {title} | {name} | {1000 * row['ours']:.1f} | {faster} | {kept:.1f} | {smaller} |", flush=True)
+    if ratios:
+        print(f"\nmedian ratio of times {statistics.median(ratios):.2f}, smallest {min(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
