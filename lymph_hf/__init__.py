@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from .configuration_lymph import LymphMILConfig
 from .configuration_mae import LymphMAEConfig
+from .encoders import resolve_encoder
 from .fusion import FUSERS
 from .modeling_lymph import LymphMILForBagClassification, LymphMILModel
 from .modeling_mae import LymphMAEForPreTraining
@@ -36,4 +37,5 @@ __all__ = [
     "LymphMILForBagClassification",
     "LymphMILModel",
     "__version__",
+    "resolve_encoder",
 ]

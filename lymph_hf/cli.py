@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArgumentParser
 
 from . import options as o
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         advice = " Run the same command with --resume to go on." if name in ("train", "pretrain") else ""
         logger.error("Interrupted.%s", advice)
         return 130
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, StrictDataclassError) as error:
         # Expected failures say what to do; the traceback is for those who ask for it.
         logger.debug("Traceback", exc_info=True)
         logger.error("%s: %s", type(error).__name__, error)

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -18,11 +18,12 @@ class LymphMILConfig(PreTrainedConfig):
     Args:
         encoder (`str`, defaults to `"vit_tiny_patch16_224"`):
             Any timm model name (`timm.list_models()`). Its input size, mean and standard deviation come from timm.
+            For a model on the Hub or in a folder, `resolve_encoder` gives the name and the options to put here.
         encoder_options (`dict`, *optional*):
             Further arguments of `timm.create_model`, such as `{"drop_path_rate": 0.1}`. `None` means none.
         image_size (`int`, *optional*):
-            Side of the square input in pixels; at least 16. `None` takes timm's size for the encoder, which is 518
-            for DINOv2: pass 224 there unless the images are larger.
+            Side of the square input in pixels; at least 16, and a multiple of a transformer's patch. `None` takes
+            timm's size for the encoder, which is 518 for DINOv2: pass 224 there unless the images are larger.
         pooling (`str`, defaults to `"gated_attention"`): A name in `POOLERS`.
         pooling_options (`dict`, *optional*): Keyword arguments of that pooler.
         fusion (`str`, defaults to `"concat"`): A name in `FUSERS`; `"none"` ignores the clinical values.
@@ -31,8 +32,9 @@ class LymphMILConfig(PreTrainedConfig):
             Order of the columns of `clinical`. `None` means age, sex and lymphocyte count; an empty list means that
             the model takes no clinical value.
         dropout (`float`, defaults to 0.1): Dropout before the classifier, in [0, 1).
-        chunk_size (`int`, *optional*, defaults to 32):
-            Cells that pass the encoder at once, which bounds the working memory; `None` passes all at once.
+        chunk_size (`int` or `"auto"`, *optional*, defaults to 32):
+            Cells that pass the encoder at once, which bounds the working memory; `"auto"` takes what fits into half
+            of the free memory, `None` passes all at once.
         class_weights (`list[float]`, *optional*):
             One weight per label in the loss. The loss is `mean(w[y] * cross_entropy)` over patients, so weights
             keep their effect when a batch holds a single patient. `None` weighs all alike.
@@ -41,8 +43,12 @@ class LymphMILConfig(PreTrainedConfig):
             A patient is called positive (label 1) when its probability is at least this. Chosen on validation
             patients and frozen with the model; used by two-label models only.
 
+        id2label, label2id (`dict`, *optional*):
+            Names of the labels 0..num_labels-1; either follows from the other. The positive label of two is 1.
+
     Raises:
-        ValueError: when a value is out of range; the message names the value and the legal range.
+        StrictDataclassError: a value of the wrong type or out of range; the message names it and the legal range.
+        ValueError: an unknown key that is a near miss of a known one.
 
     Example:
 
@@ -65,7 +71,7 @@ class LymphMILConfig(PreTrainedConfig):
     fusion_options: dict[str, Any] | None = None
     clinical_features: list[str] | tuple[str, ...] | None = None
     dropout: float | int = 0.1
-    chunk_size: int | None = 32
+    chunk_size: int | Literal["auto"] | None = 32
     class_weights: list[float | int] | tuple[float | int, ...] | None = None
     label_smoothing: float | int = 0.0
     decision_threshold: float | int = 0.5
@@ -75,36 +81,43 @@ class LymphMILConfig(PreTrainedConfig):
         self.clinical_features = list(features)
         if self.class_weights is not None:
             self.class_weights = list(self.class_weights)
-        _refuse_misspelt(kwargs, {*self.__dataclass_fields__, "num_labels"})
+        refuse_misspelt(kwargs, {*self.__dataclass_fields__, "num_labels"})
+        if self.id2label is None and self.label2id is not None:
+            self.id2label = _inverse(self.label2id)
         super().__post_init__(**kwargs)
+        if self.label2id is None:
+            self.label2id = _inverse(self.id2label)
+
+    def validate_encoder(self):
+        """Refuse names that only the Hub or this machine could resolve: a saved model must build anywhere."""
+        expect(
+            self.encoder != "" and not {":", "/"} & set(self.encoder),
+            "encoder",
+            self.encoder,
+            "a plain timm name; for a model on the Hub or in a folder, `resolve_encoder` gives it with its options",
+        )
+
+    def validate_labels(self):
+        """Refuse labels that are not numbered from 0, or names that do not lead back to their numbers."""
+        expect(self.num_labels >= 1, "num_labels", self.num_labels, "at least 1")
+        numbers = list(range(self.num_labels))
+        expect(sorted(self.id2label) == numbers, "id2label", self.id2label, f"keys 0 to {self.num_labels - 1}")
+        matches = self.label2id == _inverse(self.id2label) and len(self.label2id) == self.num_labels
+        expect(matches, "label2id", self.label2id, f"the inverse of id2label={self.id2label}, each name once")
 
     def validate_ranges(self):
         """Refuse numbers outside their legal range."""
         for name in ("dropout", "label_smoothing"):
-            _expect(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
-        _expect(
-            0 <= self.decision_threshold <= 1,
-            "decision_threshold",
-            self.decision_threshold,
-            "a number in [0, 1]",
-        )
-        _expect(
-            self.chunk_size is None or self.chunk_size >= 1,
-            "chunk_size",
-            self.chunk_size,
-            "at least 1, or None",
-        )
-        _expect(
-            self.image_size is None or self.image_size >= 16,
-            "image_size",
-            self.image_size,
-            "at least 16, or None",
-        )
+            expect(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
+        expect(0 <= self.decision_threshold <= 1, "decision_threshold", self.decision_threshold, "a number in [0, 1]")
+        chunks = self.chunk_size in (None, "auto") or self.chunk_size >= 1
+        expect(chunks, "chunk_size", self.chunk_size, 'at least 1, "auto" or None')
+        expect(self.image_size is None or self.image_size >= 16, "image_size", self.image_size, "at least 16, or None")
 
     def validate_clinical_features(self):
         """Refuse a clinical feature named twice."""
         features = self.clinical_features or []
-        _expect(len(set(features)) == len(features), "clinical_features", features, "each name once")
+        expect(len(set(features)) == len(features), "clinical_features", features, "each name once")
 
     def validate_class_weights(self):
         """Refuse weights that are not one positive number per label."""
@@ -112,10 +125,10 @@ class LymphMILConfig(PreTrainedConfig):
             return
         fits = len(self.class_weights) == self.num_labels
         positive = all(math.isfinite(weight) and weight > 0 for weight in self.class_weights)
-        _expect(fits and positive, "class_weights", self.class_weights, f"{self.num_labels} positive numbers")
+        expect(fits and positive, "class_weights", self.class_weights, f"{self.num_labels} positive numbers")
 
 
-def _refuse_misspelt(unknown: dict, known: set):
+def refuse_misspelt(unknown: dict, known: set):
     """Unknown keys are legal in a Hub configuration, but one that is a near miss of ours is a mistake."""
     for name in unknown:
         if hasattr(PreTrainedConfig, name):
@@ -125,7 +138,11 @@ def _refuse_misspelt(unknown: dict, known: set):
             raise ValueError(f"Unknown configuration key {name!r}: did you mean {close[0]!r}?")
 
 
-def _expect(holds: bool, name: str, value, expected: str):
+def _inverse(names: dict) -> dict:
+    return {value: key for key, value in names.items()}
+
+
+def expect(holds: bool, name: str, value, expected: str):
     if not holds:
         raise ValueError(f"{name}={value!r}: expected {expected}.")
 

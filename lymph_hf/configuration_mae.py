@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_lymph import _expect, _refuse_misspelt
+from .configuration_lymph import expect, refuse_misspelt
 
 
 @strict
@@ -61,23 +61,23 @@ class LymphMAEConfig(PreTrainedConfig):
     pretraining: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
-        _refuse_misspelt(kwargs, set(self.__dataclass_fields__))
+        refuse_misspelt(kwargs, set(self.__dataclass_fields__))
         super().__post_init__(**kwargs)
 
     def validate_ranges(self):
         """Refuse numbers outside their legal range."""
-        _expect(0 < self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "a number between 0 and 1")
-        _expect(0 < self.decoded_share <= 1, "decoded_share", self.decoded_share, "a number in (0, 1]")
+        expect(0 < self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "a number between 0 and 1")
+        expect(0 < self.decoded_share <= 1, "decoded_share", self.decoded_share, "a number in (0, 1]")
         for name in ("decoder_depth", "decoder_heads"):
-            _expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         divisible = self.decoder_width % 4 == 0 and self.decoder_width % max(1, self.decoder_heads) == 0
-        _expect(
+        expect(
             divisible and self.decoder_width > 0,
             "decoder_width",
             self.decoder_width,
             f"a multiple of 4 and of decoder_heads={self.decoder_heads}",
         )
-        _expect(self.image_size is None or self.image_size >= 16, "image_size", self.image_size, "at least 16, or None")
+        expect(self.image_size is None or self.image_size >= 16, "image_size", self.image_size, "at least 16, or None")
 
 
 __all__ = ["LymphMAEConfig"]

@@ -3,7 +3,7 @@
 import functools
 import json
 from dataclasses import dataclass
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from typing import Any
 
 import timm
@@ -20,7 +20,6 @@ from torch import nn
 
 from .chunking import encode_in_chunks
 from .configuration_lymph import LymphMILConfig
-from .encoder_weights import load_encoder_weights
 
 # How images must be prepared for an encoder; what a published model says of it goes into the configuration.
 _DATA_KEYS = ("input_size", "fixed_input_size", "mean", "std", "interpolation")
@@ -39,6 +38,10 @@ class EncoderChoice:
     name: str
     options: dict[str, Any]
     weights: str | None
+
+    def options_with(self, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        """`encoder_options` with the user's own on top; `None` when there is none."""
+        return (self.options | (given or {})) or None
 
 
 def resolve_encoder(name: str) -> EncoderChoice:
@@ -60,6 +63,8 @@ def resolve_encoder(name: str) -> EncoderChoice:
     published = _published_arguments(name)
     architecture, cfg = _known(published.pop("model_name")), published.pop("pretrained_cfg")
     options = {key: value for key, value in published.items() if key not in ("num_classes", "pretrained_model_args")}
+    if cfg["input_size"][0] != 3:
+        raise ValueError(f"{name} takes images of {cfg['input_size'][0]} channels, expected 3 (red, green, blue).")
     if cfg["fixed_input_size"]:
         options.pop("img_size", None)  # timm has written it into input_size
     theirs, ours = (json.loads(json.dumps(c)) for c in (cfg, timm.get_pretrained_cfg(architecture).to_dict()))
@@ -129,16 +134,19 @@ def encode_cells(encoder: nn.Module, cells: torch.Tensor, chunk_size: int | str 
 
 def _known(name: str) -> str:
     if not timm.is_model(name):
-        near = get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
-        raise ValueError(
-            f"encoder={name!r}: timm {timm.__version__} has no such model. Near: {', '.join(near) or 'none'}."
-        )
+        near = sorted(timm.list_models(), key=lambda known: _likeness(name, known), reverse=True)[:5]
+        raise ValueError(f"encoder={name!r}: timm {timm.__version__} has no such model. Near: {', '.join(near)}.")
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         tagged = timm.list_pretrained(f"{split_model_name_tag(name)[0]}.*")
         raise ValueError(f"encoder={name!r}: {error} Published: {', '.join(tagged) or 'none'}.") from error
     return name
+
+
+def _likeness(name: str, known: str) -> tuple[float, float]:
+    """Of the beginnings first: timm's names are long, and what is asked for is often short."""
+    return tuple(SequenceMatcher(None, name, other).ratio() for other in (known[: len(name)], known))
 
 
 def _pretrained_cfg(config: LymphMILConfig) -> dict[str, Any]:
@@ -183,6 +191,5 @@ __all__ = [
     "embedding_size",
     "encode_cells",
     "encoder_data_config",
-    "load_encoder_weights",
     "resolve_encoder",
 ]

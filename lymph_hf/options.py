@@ -69,7 +69,7 @@ class ModelOptions:
 
     _argument_group_name: ClassVar[str] = "model"
 
-    encoder: str = option("vit_tiny_patch16_224", "any timm model name")
+    encoder: str = option("vit_tiny_patch16_224", "any timm model name, hf-hub:owner/name or local-dir:folder")
     encoder_weights: str | None = option(
         None, "'timm' for published weights, or a file or folder of weights; by default random"
     )
@@ -115,6 +115,9 @@ class TrainingOptions:
     checkpoint_every: int = option(0, "optimizer steps between checkpoints within an epoch; 0 = epoch ends only")
     workers: int = option(0, "processes that decode images beside the training process")
     tracker: Literal["tensorboard", "trackio", "wandb", "none"] = option("tensorboard", "where curves are logged")
+    clinical_baseline: Literal["logistic", "forest", "boosting", "none"] = option(
+        "logistic", "clinical-only model fitted beside the image model, on the same training patients"
+    )
     cpu: bool = option(False, "stay on the CPU though there is an accelerator")
 
 
@@ -141,6 +144,9 @@ class EvaluateOptions:
         "held-out",
         "patients to score: all that the run did not train on, those of the run's validation or test list, "
         "or all (training patients included)",
+    )
+    prevalence: float | None = option(
+        None, "share of positive patients where the model is to be used, for PPV and NPV; 0.18 in one laboratory"
     )
     resamples: int = option(2000, "bootstrap resamples of patients")
     seed: int = option(0, "of the bootstrap")

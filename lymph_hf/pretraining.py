@@ -19,7 +19,8 @@ from .augment import Augmentation
 from .cells import CellDataset, hold_out
 from .configuration_lymph import LymphMILConfig
 from .configuration_mae import LymphMAEConfig
-from .encoders import build_encoder, embedding_size, encoder_data_config, load_encoder_weights
+from .encoder_weights import load_encoder_weights
+from .encoders import build_encoder, embedding_size, encoder_data_config, resolve_encoder
 from .files import write_json, writing_folder
 from .modeling_mae import LymphMAEForPreTraining
 from .options import json_option
@@ -156,9 +157,10 @@ def new_model(
     options: PretrainOptions, type_names: tuple[str, ...]
 ) -> tuple[LymphMAEForPreTraining | CellTypeClassifier, LymphImageProcessor]:
     """The model of the objective, its encoder filled with the given weights, and the processor of its images."""
+    choice = resolve_encoder(options.encoder)
     shared = {
-        "encoder": options.encoder,
-        "encoder_options": json_option("encoder_options", options.encoder_options),
+        "encoder": choice.name,
+        "encoder_options": choice.options_with(json_option("encoder_options", options.encoder_options)),
         "image_size": options.image_size,
     }
     if options.objective == "mae":
@@ -171,8 +173,9 @@ def new_model(
             **shared, label_smoothing=options.label_smoothing, id2label=dict(enumerate(type_names)), label2id=numbers
         )
         model = CellTypeClassifier(config)
-    if options.encoder_weights is not None:
-        logger.info("%s", load_encoder_weights(model.encoder, options.encoder_weights).summary())
+    weights = options.encoder_weights or choice.weights
+    if weights is not None:
+        logger.info("%s", load_encoder_weights(model.encoder, weights).summary())
     return model, LymphImageProcessor.from_config(config)
 
 

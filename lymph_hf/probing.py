@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from .cell_sources import read_cells
 from .cells import CellDataset, Cells
 from .configuration_lymph import LymphMILConfig
-from .encoders import build_encoder, load_encoder_weights
+from .encoder_weights import load_encoder_weights
+from .encoders import build_encoder, resolve_encoder
 from .files import write_json
 from .images import open_cell_image
 from .metrics import Interval, bootstrap_weights
@@ -67,14 +68,16 @@ def probe(options: ProbeOptions) -> dict[str, Any]:
         cells = _labelled_cells(options)
     folds, how = _folds(cells, options)
     set_seed(options.seed)  # of random weights
+    choice = resolve_encoder(options.encoder)
     config = LymphMILConfig(
-        encoder=options.encoder,
-        encoder_options=json_option("encoder_options", options.encoder_options),
+        encoder=choice.name,
+        encoder_options=choice.options_with(json_option("encoder_options", options.encoder_options)),
         image_size=options.image_size,
     )
     encoder = build_encoder(config)
-    if options.encoder_weights is not None:
-        logger.info("%s", load_encoder_weights(encoder, options.encoder_weights).summary())
+    weights = options.encoder_weights or choice.weights
+    if weights is not None:
+        logger.info("%s", load_encoder_weights(encoder, weights).summary())
     dataset = CellDataset(cells, LymphImageProcessor.from_config(config))
     encoder = encoder.to(accelerator.device).eval()
     embeddings = embed_cells(encoder, dataset, accelerator, batch_size=options.batch_size, workers=options.workers)

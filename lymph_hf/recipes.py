@@ -13,12 +13,16 @@ from transformers import AutoImageProcessor, AutoModel
 
 from .augment import Augmentation
 from .bags import BagDataset, build_bags, cohort_fingerprint, collate_bags
+from .clinical import ClinicalSettings
+from .clinical_baseline import Baseline, clinical_baseline
 from .cohort import CLINICAL, Cohort, read_cohort, scan_images
 from .configuration_lymph import LymphMILConfig
-from .encoders import load_encoder_weights
+from .encoder_weights import load_encoder_weights
+from .encoders import resolve_encoder
+from .evaluation import evaluation_patients, patient_table, score_report, write_evaluation
 from .files import write_json, writing_folder
-from .inference import infer, prediction_table, write_table
-from .metrics import bootstrap_intervals, choose_threshold, score
+from .inference import infer, write_table
+from .metrics import choose_threshold, score
 from .modeling_lymph import LymphMILForBagClassification
 from .options import (
     CheckOptions,
@@ -33,7 +37,7 @@ from .options import (
     json_option,
 )
 from .processing_lymph import ClinicalStandardizer, LymphImageProcessor
-from .reporting import cohort_figure, evaluation_figure, history_figure, scores_table
+from .reporting import cohort_figure, history_figure, scores_table
 from .runs import Run, RunError, model_source
 from .sampling import balanced_weights, class_weights
 from .split_files import PARTS
@@ -114,6 +118,7 @@ def train(
     label_names = ordered_labels(cohort, split_options.positive_label)
     if accelerator.is_main_process:
         _record(run, cohort, split)
+        baseline = _clinical_baseline(run, cohort, split, label_names, options)
     set_seed(options.seed)
     model, processor = _new_model(cohort, split, label_names, model_options, options)
     data = _Bags(cohort, processor, model.config.label2id, cohort_options.cache_dir, accelerator)
@@ -148,7 +153,7 @@ def train(
         _freeze_threshold(model.config, predictions, validation_set, options.threshold)
         _export(model, processor, run.model)
         if predictions is not None:
-            _report_validation(run, cohort.select(split.validation), predictions.probabilities, model.config)
+            _report_validation(run, cohort.select(split.validation), predictions.probabilities, model.config, baseline)
         logger.info("Model: %s", run.model)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -171,7 +176,7 @@ def evaluate(cohort_options: CohortOptions, options: EvaluateOptions, inference:
     accelerator = make_accelerator(inference)
     model, processor = load_model(options.run)
     cohort = _checked_cohort(cohort_options, accelerator)
-    cohort, note = _evaluation_patients(cohort, Run(Path(options.run)), options.subset)
+    cohort, note = evaluation_patients(cohort, Run(Path(options.run)), options.subset)
     unknown = sorted({patient.label for patient in cohort.patients} - set(model.config.label2id))
     if unknown:
         raise RecipeError(
@@ -183,16 +188,17 @@ def evaluate(cohort_options: CohortOptions, options: EvaluateOptions, inference:
     model = accelerator.prepare(model)
     predictions = infer(model, dataset, accelerator, workers=inference.workers)
     folder = Path(options.output or options.run)
-    report = _score_report(
+    report = score_report(
         dataset.label_ids,
         predictions.probabilities,
         model.config,
+        prevalence=options.prevalence,
         resamples=options.resamples,
         seed=options.seed,
     )
     report = {"patients": note, "data": cohort.root.name, "loss": predictions.loss, **report}
     if accelerator.is_main_process:
-        _write_evaluation(folder, cohort, predictions.probabilities, model.config, report, stem="metrics")
+        write_evaluation(folder, cohort, predictions.probabilities, model.config, report, stem="metrics")
     return report
 
 
@@ -214,7 +220,7 @@ def predict(cohort_options: CohortOptions, options: PredictOptions, inference: I
     model = accelerator.prepare(model)
     predictions = infer(model, dataset, accelerator, workers=inference.workers)
     if accelerator.is_main_process:
-        table = _table(cohort, predictions.probabilities, model.config)
+        table = patient_table(cohort, predictions.probabilities, model.config)
         if options.submission:
             decided = table["predicted_label"].map(model.config.label2id)
             table = table[["patient_id"]].assign(Predicted=decided).rename(columns={"patient_id": "Id"})
@@ -323,9 +329,10 @@ def _new_model(
     standardizer = ClinicalStandardizer.fit([_clinical(patient) for patient in patients], features)
     numbers = {name: i for i, name in enumerate(label_names)}
     weights = class_weights([numbers[patient.label] for patient in patients], len(label_names))
+    encoder = resolve_encoder(options.encoder)
     config = LymphMILConfig(
-        encoder=options.encoder,
-        encoder_options=json_option("encoder_options", options.encoder_options),
+        encoder=encoder.name,
+        encoder_options=encoder.options_with(json_option("encoder_options", options.encoder_options)),
         image_size=options.image_size,
         pooling=options.pooling,
         pooling_options=json_option("pooling_options", options.pooling_options),
@@ -340,8 +347,9 @@ def _new_model(
         label2id=numbers,
     )
     model = LymphMILForBagClassification(config)
-    if options.encoder_weights is not None:
-        logger.info("%s", load_encoder_weights(model.model.encoder, options.encoder_weights).summary())
+    weights = options.encoder_weights or encoder.weights
+    if weights is not None:
+        logger.info("%s", load_encoder_weights(model.model.encoder, weights).summary())
     if options.freeze_encoder:
         model.model.encoder.requires_grad_(False)
     return model, LymphImageProcessor.from_config(config, standardizer)
@@ -370,112 +378,33 @@ def _export(model: LymphMILForBagClassification, processor: LymphImageProcessor,
         processor.save_pretrained(beside)
 
 
-def _report_validation(run: Run, cohort: Cohort, probabilities: np.ndarray, config: LymphMILConfig) -> None:
-    labels = [config.label2id[patient.label] for patient in cohort.patients]
-    report = _score_report(labels, probabilities, config)
-    note = "validation patients of this run, which also chose its epoch and its threshold: not a test"
-    _write_evaluation(run.folder, cohort, probabilities, config, {"patients": note, **report}, stem="validation")
+def _clinical_baseline(
+    run: Run, cohort: Cohort, split: Split, label_names: list[str], options: TrainingOptions
+) -> Baseline | None:
+    """The clinical model beside the image model: before the training, so that what is wrong with it is said early."""
+    patients = cohort.select(split.train).patients
+    recorded = any(value is not None for patient in patients for value in _clinical(patient).values())
+    if options.clinical_baseline == "none" or not recorded:
+        return None
+    settings = ClinicalSettings(options.clinical_baseline, seed=options.seed)
+    baseline = clinical_baseline(cohort, split, settings, label_names=label_names)
+    baseline.model.save(run.folder / "clinical-model")
+    for part, table in baseline.tables.items():
+        write_table(table, run.folder / f"clinical-{part}.csv")
+    return baseline
 
 
-def _score_report(
-    labels, probabilities, config: LymphMILConfig, *, resamples: int = 2000, seed: int = 0
-) -> dict[str, Any]:
-    threshold = config.decision_threshold
-    intervals = bootstrap_intervals(labels, probabilities, threshold=threshold, resamples=resamples, seed=seed)
-    counts = np.bincount(labels, minlength=config.num_labels).tolist()
-    return {
-        "n": len(labels),
-        "n_per_label": {config.id2label[i]: count for i, count in enumerate(counts)},
-        "threshold": threshold if config.num_labels == 2 else None,
-        "interval": f"95% percentile bootstrap over patients, {resamples} resamples, seed {seed}",
-        "scores": intervals,
-    }
-
-
-def _write_evaluation(
-    folder: Path,
-    cohort: Cohort,
-    probabilities: np.ndarray,
-    config: LymphMILConfig,
-    report: dict[str, Any],
-    *,
-    stem: str,
+def _report_validation(
+    run: Run, cohort: Cohort, probabilities: np.ndarray, config: LymphMILConfig, baseline: Baseline | None
 ) -> None:
-    """`metrics.json`, `predictions.csv`, `evaluation.png`; for the validation patients `validation.*`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    intervals = report["scores"]
-    names = {"metrics": ("predictions.csv", "evaluation.png")}.get(stem, (f"{stem}.csv", f"{stem}.png"))
     labels = [config.label2id[patient.label] for patient in cohort.patients]
-    table = _table(cohort, probabilities, config, with_labels=True)
-    write_table(table, folder / names[0])
-    evaluation_figure(
-        labels,
-        probabilities,
-        folder / names[1],
-        threshold=config.decision_threshold,
-        label_names=_label_names(config),
-        intervals=intervals,
-    )
-    report["scores"] = {name: interval.as_dict() for name, interval in intervals.items()}
-    write_json(folder / f"{stem}.json", report)
-    logger.info("%s (n = %d)\n%s", report["patients"], report["n"], scores_table(intervals))
-
-
-def _table(cohort: Cohort, probabilities: np.ndarray, config: LymphMILConfig, *, with_labels: bool = False):
-    return prediction_table(
-        [patient.patient_id for patient in cohort.patients],
-        probabilities,
-        [len(patient.images) for patient in cohort.patients],
-        label_names=_label_names(config),
-        threshold=config.decision_threshold,
-        labels=[patient.label for patient in cohort.patients] if with_labels else None,
-    )
-
-
-def _label_names(config: LymphMILConfig) -> list[str]:
-    return [config.id2label[i] for i in range(config.num_labels)]
-
-
-def _evaluation_patients(cohort: Cohort, run: Run, subset: str) -> tuple[Cohort, str]:
-    """The labelled patients to score, and a sentence that says who they are.
-
-    Patients of the run are recognised by their images, not by their names: two cohorts may both have a P1.
-    """
-    labelled = [patient.patient_id for patient in cohort.labelled]
-    if not run.cohort.exists():
-        chosen, note = (
-            labelled,
-            "all labelled patients of the folder (what the model was trained on is not known)",
-        )
-    else:
-        of_part = {part: set(digests) for part, digests in json.loads(run.cohort.read_text())["digests"].items()}
-        seen = {
-            part: [patient_id for patient_id in labelled if not digests.isdisjoint(cohort.digests[patient_id])]
-            for part, digests in of_part.items()
-        }
-        chosen, note = _subset(labelled, seen, subset)
-    if not chosen:
-        raise RecipeError(
-            f"{cohort.root}: no labelled patient to evaluate (--subset {subset}, {len(labelled)} labelled)."
-        )
-    return cohort.select(chosen), note
-
-
-def _subset(labelled: list[str], seen: dict[str, list[str]], subset: str) -> tuple[list[str], str]:
-    trained, chose = len(seen["train"]), len(seen["validation"])
-    if subset == "all":
-        return (
-            labelled,
-            f"all labelled patients of the folder, {trained} training patients of the run among them",
-        )
-    if subset != "held-out":
-        return seen[subset], f"{subset} patients of the run"
-    held_out = [patient_id for patient_id in labelled if patient_id not in set(seen["train"])]
-    validated = f"{chose} validation patients, who chose epoch and threshold, are among them"
-    return (
-        held_out,
-        f"held-out patients ({trained} training patients left out; {validated if chose else 'no validation patient'})",
-    )
+    report = score_report(labels, probabilities, config)
+    if baseline is not None:
+        intervals = baseline.intervals("validation")
+        report["clinical_baseline"] = {name: interval.as_dict() for name, interval in intervals.items()}
+        logger.info("clinical %s alone\n%s", baseline.model.settings.kind, scores_table(intervals))
+    note = "validation patients of this run, which also chose its epoch and its threshold: not a test"
+    write_evaluation(run.folder, cohort, probabilities, config, {"patients": note, **report}, stem="validation")
 
 
 def _part(cohort: Cohort, part: str) -> Cohort:

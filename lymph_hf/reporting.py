@@ -1,27 +1,17 @@
-"""Figures and tables of a cohort, a training run and an evaluation.
+"""Figures and tables of a training run and an evaluation, galleries of cells; the door to those of a cohort."""
 
-Figures are drawn on `matplotlib.figure.Figure` objects, never through pyplot, so that they need no display
-and leave no state behind; a figure appears under its name only when it is complete. One style serves all of
-them: the colours of Okabe and Ito, which people with any common colour-vision deficiency can tell apart.
-"""
-
-import contextlib
 import math
 import os
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from .files import writing_file
 from .metrics import (
     BINARY_SCORES,
     Interval,
@@ -32,231 +22,33 @@ from .metrics import (
     roc_band,
     roc_points,
 )
+from .reporting_cohort import cohort_figure
+from .reporting_style import (
+    COLOURS,
+    GREY,
+    STYLE,
+    common_level,
+    figure_file,
+    label_rows,
+    percent,
+    row_label,
+    say,
+    words,
+    wrap_name,
+)
 
-GREY = "#8c8c8c"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
-UNLABELLED = "unlabelled"
+__all__ = [
+    "COLOURS",
+    "GREY",
+    "STYLE",
+    "cohort_figure",
+    "evaluation_figure",
+    "gallery",
+    "history_figure",
+    "scores_table",
+]
 
-STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.titlesize": 13,
-    "figure.facecolor": "white",
-    "figure.constrained_layout.h_pad": 0.1,
-    "figure.constrained_layout.w_pad": 0.12,
-    "savefig.dpi": 150,
-    # A "$" in the name of a label or a patient is a dollar, not the start of a formula.
-    "text.parse_math": False,
-}
-
-_SCORE_NAMES = {
-    "balanced_accuracy": "balanced accuracy",
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "brier": "Brier score",
-}
 _CAPTION_SCORES = ("balanced_accuracy", "auroc", "brier")
-
-
-@contextlib.contextmanager
-def _figure(path: str | os.PathLike, width: float, height: float, layout: str = "constrained") -> Iterator[Figure]:
-    """A figure of width x height inches in the common style, saved when the block ends without error."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout=layout)
-        yield figure
-        with writing_file(path) as beside:
-            figure.savefig(beside)
-
-
-# Cohort -----------------------------------------------------------------------------------------------------
-
-
-def cohort_figure(frame: pd.DataFrame, path: str | os.PathLike, *, title: str = "Cohort") -> None:
-    """Who is in a cohort: labels, cells per patient, age, lymphocyte count, sex, and what is missing.
-
-    Args:
-        frame: one row per patient with the columns `label` (a name; missing = unlabelled) and `cells` (number
-            of images), and where recorded `age` (years), `sex` ("F" or "M") and `lymphocyte_count` (10^9
-            cells per litre). A covariate whose column is absent or empty is shown as not recorded.
-        path: where to write the picture; the suffix says the format (.png, .pdf, .svg).
-
-    Raises:
-        ValueError: no patients, a column `label` or `cells` is absent, or a lymphocyte count is not positive.
-    """
-    absent = {"label", "cells"} - set(frame.columns)
-    if absent:
-        raise ValueError(f"the cohort table has no column {sorted(absent)}, only {list(frame.columns)}")
-    if frame.empty:
-        raise ValueError("the cohort table has no patients: nothing to draw")
-    _check_counts(frame)
-    groups = _by_label(frame)
-    # Two rows of panels, each with room for two lines of text per label.
-    with _figure(path, 12.5, max(7.5, 2 * (1.3 + 0.6 * len(groups)))) as figure:
-        axes = figure.subplots(2, 3).ravel()
-        figure.suptitle(f"{title}: n = {len(frame):,} patients, {int(frame['cells'].sum()):,} cells")
-        _draw_label_counts(axes[0], groups)
-        _draw_cells_per_patient(axes[1], groups)
-        _draw_covariate(axes[2], groups, "age", "Age", "years")
-        _draw_covariate(axes[3], groups, "lymphocyte_count", "Lymphocyte count", "10⁹ cells per litre, log scale")
-        _draw_sex(axes[4], groups)
-        _draw_missing(axes[5], frame)
-
-
-def _check_counts(frame: pd.DataFrame) -> None:
-    """A log axis would leave out a count that is not positive without a word."""
-    counts = pd.to_numeric(frame["lymphocyte_count"]) if "lymphocyte_count" in frame else pd.Series(dtype=float)
-    for row in counts.index[counts <= 0]:
-        patient = frame.loc[row].get("patient_id", row)
-        raise ValueError(
-            f"patient {patient}: lymphocyte_count must be positive, got {counts[row]}; correct it or leave it empty"
-        )
-
-
-def _by_label(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The patients of each label, numeric labels in numeric order, unlabelled patients last."""
-    labels = frame["label"].astype("string")
-    names = sorted(labels.dropna().unique(), key=lambda name: (float(name) if name.isdecimal() else math.inf, name))
-    groups = {name: frame[(labels == name).fillna(False)] for name in names}
-    if labels.isna().any():
-        groups[UNLABELLED] = frame[labels.isna()]
-    return groups
-
-
-def _palette(groups: Mapping[str, pd.DataFrame]) -> dict[str, str]:
-    """One colour per label, grey for unlabelled patients."""
-    return {name: GREY if name == UNLABELLED else COLOURS[number % len(COLOURS)] for number, name in enumerate(groups)}
-
-
-def _label_rows(ax: Axes, rows: Sequence[str]) -> None:
-    """One labelled row per group, the first on top."""
-    ax.set_yticks(range(len(rows)), rows)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.tick_params(axis="y", length=0)
-
-
-def _draw_label_counts(ax: Axes, groups: Mapping[str, pd.DataFrame]) -> None:
-    counts = [len(group) for group in groups.values()]
-    bars = ax.barh(range(len(groups)), counts, height=0.6, color=list(_palette(groups).values()))
-    ax.bar_label(bars, [f"{count} ({count / sum(counts):.0%})" for count in counts], padding=4)
-    _label_rows(ax, [_wrapped(name) for name in groups])
-    ax.margins(x=0.3)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ax.set(title="Patients per label", xlabel="patients")
-
-
-def _draw_cells_per_patient(ax: Axes, groups: Mapping[str, pd.DataFrame]) -> None:
-    cells = [group["cells"].to_numpy(dtype=float) for group in groups.values()]
-    every = np.concatenate(cells)
-    ax.hist(
-        cells,
-        bins=min(20, max(1, int(np.ptp(every)) + 1)),
-        stacked=True,
-        color=list(_palette(groups).values()),
-        edgecolor="white",
-        linewidth=0.5,
-    )
-    ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ax.set(
-        title="Cells per patient",
-        xlabel=f"cells (min {every.min():.0f}, median {np.median(every):.0f}, max {every.max():.0f})",
-        ylabel="patients, stacked by label",
-    )
-
-
-def _draw_covariate(ax: Axes, groups: Mapping[str, pd.DataFrame], column: str, title: str, unit: str) -> None:
-    """One dot per patient in a row per label, with median and quartiles; the count is drawn on a log axis."""
-    ax.set_title(title)
-    if not _recorded(groups, column):
-        _say(ax, "not recorded")
-        return
-    rows, colours = [], _palette(groups)
-    jitter = np.random.default_rng(0)
-    for row, (name, group) in enumerate(groups.items()):
-        values = group[column].dropna().to_numpy(dtype=float)
-        rows.append(_row_label(name, len(values), len(group) - len(values)))
-        offset = jitter.uniform(-0.22, 0.22, len(values))
-        ax.scatter(values, row + offset, s=16, alpha=0.65, linewidths=0, color=colours[name])
-        if len(values):
-            lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75])
-            ax.plot([lower, upper], [row + 0.36] * 2, color="black", linewidth=1.5, solid_capstyle="butt")
-            ax.plot(median, row + 0.36, marker="d", markersize=6, color="black")
-    _label_rows(ax, rows)
-    if column == "lymphocyte_count":
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.grid(axis="x")
-    ax.set_xlabel(f"{unit}; ♦ median, bar: quartiles")
-
-
-def _row_label(name: str, present: int, missing: int = 0) -> str:
-    return f"{_wrapped(name)}\nn = {present}" + (f", {missing} missing" if missing else "")
-
-
-def _wrapped(name: str) -> str:
-    """A label name in lines short enough to stand beside or under an axis."""
-    return textwrap.fill(name, 18)
-
-
-def _draw_sex(ax: Axes, groups: Mapping[str, pd.DataFrame]) -> None:
-    ax.set_title("Sex")
-    if not _recorded(groups, "sex"):
-        _say(ax, "not recorded")
-        return
-    left = np.zeros(len(groups))
-    sizes = np.array([len(group) for group in groups.values()])
-    for name, code, colour in (
-        ("female", "F", COLOURS[5]),
-        ("male", "M", COLOURS[4]),
-        ("missing", None, "#d9d9d9"),
-    ):
-        counts = np.array([_count_sex(group["sex"], code) for group in groups.values()])
-        bars = ax.barh(range(len(groups)), counts / sizes, left=left, height=0.6, color=colour, label=name)
-        # A sliver is too narrow for its number.
-        ax.bar_label(
-            bars,
-            [str(c) if c / n > 0.06 else "" for c, n in zip(counts, sizes, strict=True)],
-            label_type="center",
-        )
-        left += counts / sizes
-    _label_rows(ax, [_row_label(name, len(group)) for name, group in groups.items()])
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-    ax.set(xlim=(0, 1), xlabel="share of patients, with their number")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, columnspacing=1, handlelength=1)
-
-
-def _count_sex(sex: pd.Series, code: str | None) -> int:
-    return int(sex.isna().sum() if code is None else (sex == code).sum())
-
-
-def _draw_missing(ax: Axes, frame: pd.DataFrame) -> None:
-    columns = ("label", "age", "sex", "lymphocyte_count")
-    missing = [int(frame[column].isna().sum()) if column in frame else len(frame) for column in columns]
-    bars = ax.barh(range(len(columns)), missing, height=0.6, color=GREY)
-    ax.bar_label(bars, [f"{count} of {len(frame)}" for count in missing], padding=4)
-    _label_rows(ax, ["label", "age", "sex", "lymphocyte\ncount"])
-    ax.set(xlim=(0, len(frame) * 1.3), title="Missing values", xlabel="patients")
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-
-
-def _recorded(groups: Mapping[str, pd.DataFrame], column: str) -> bool:
-    return any(column in group and group[column].notna().any() for group in groups.values())
-
-
-def _say(ax: Axes, text: str) -> None:
-    """An empty panel that says why it is empty."""
-    ax.set(xticks=[], yticks=[])
-    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="#595959")
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -290,7 +82,7 @@ def history_figure(history: Sequence[Mapping[str, Any]], path: str | os.PathLike
     if not losses:
         raise ValueError(f"no record of the history holds a value whose name ends in `loss`, only {names}")
     panels = [("Loss", losses)] + ([("Validation scores", scores)] if scores else [])
-    with _figure(path, 5.5 * len(panels), 4.2) as figure:
+    with figure_file(path, 5.5 * len(panels), 4.2) as figure:
         figure.suptitle(f"{title}: n = {len(history)} records")
         for ax, (panel, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             ax.set_title(panel)
@@ -303,10 +95,10 @@ def _draw_series(ax: Axes, history: Sequence[Mapping[str, Any]], time: str, seri
         times, values = zip(*points, strict=True) if points else ((), ())
         marker = "o" if len(points) <= 40 else None  # beyond that the markers hide the line
         colour = COLOURS[number % len(COLOURS)]
-        ax.plot(times, values, marker=marker, markersize=3.5, color=colour, label=_words(name))
+        ax.plot(times, values, marker=marker, markersize=3.5, color=colour, label=words(name))
     best, monitor = _best_record(history)
     if best is not None:
-        label = f"best {time} {best[time]:g} ({_words(monitor)})"
+        label = f"best {time} {best[time]:g} ({words(monitor)})"
         ax.axvline(best[time], color="black", linestyle="--", linewidth=1, label=label)
     ax.grid()
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -330,13 +122,6 @@ def _rank(record: Mapping[str, Any]) -> tuple[float, float]:
 
 def _present(value: float | None) -> bool:
     return value is not None and not math.isnan(value)
-
-
-def _words(name: str) -> str:
-    """`validation_auroc` -> "validation AUROC"."""
-    score = name.removeprefix("validation_")
-    prefix = "validation " if score != name else ""
-    return prefix + _SCORE_NAMES.get(score, score.replace("_", " "))
 
 
 # Evaluation -------------------------------------------------------------------------------------------------
@@ -376,7 +161,7 @@ def evaluation_figure(
         raise ValueError(f"{len(label_names)} label names for {len(matrix)} classes: {list(label_names)}")
     counts = ", ".join(f"{count} {name}" for count, name in zip(matrix.sum(axis=1), label_names, strict=True))
     curves = _curves(labels, probabilities, label_names)
-    with _figure(path, 10.5, 9.5) as figure:
+    with figure_file(path, 10.5, 9.5) as figure:
         axes = figure.subplots(2, 2).ravel()
         figure.suptitle(f"{title}: n = {len(labels)} patients ({counts})")
         figure.supxlabel(_scores_caption(intervals), fontsize=10)
@@ -388,8 +173,8 @@ def evaluation_figure(
 
 def _scores_caption(intervals: Mapping[str, Interval]) -> str:
     shown = {name: intervals[name] for name in _CAPTION_SCORES if name in intervals}
-    scores = ";  ".join(f"{_words(name)} {interval}" for name, interval in shown.items())
-    return scores and f"{scores}  ({_percent(_common_level(shown))} intervals)"
+    scores = ";  ".join(f"{words(name)} {interval}" for name, interval in shown.items())
+    return scores and f"{scores}  ({percent(common_level(shown))} intervals)"
 
 
 class _Curve(NamedTuple):
@@ -414,14 +199,14 @@ def _draw_roc(ax: Axes, curves: Sequence[_Curve], intervals: Mapping[str, Interv
     ax.set_title("ROC curve" if len(curves) == 1 else "ROC curves, one versus rest")
     defined = [curve for curve in curves if 0 < curve.positive.sum() < len(curve.positive)]
     if not defined:
-        _say(ax, "undefined: patients of one class only")
+        say(ax, "undefined: patients of one class only")
         return
     for curve in defined:
         false_positive, true_positive, _ = roc_points(curve.positive, curve.probability)
-        ax.plot(false_positive, true_positive, color=curve.colour, linewidth=1.8, label=_wrapped(curve.name))
+        ax.plot(false_positive, true_positive, color=curve.colour, linewidth=1.8, label=wrap_name(curve.name))
     if len(curves) == 1 and "auroc" in intervals:
         level = intervals["auroc"].level
-        label = f"{_percent(level)} bootstrap band"
+        label = f"{percent(level)} bootstrap band"
         band = roc_band(curves[0].positive, curves[0].probability, level=level)
         ax.fill_between(*band, color=curves[0].colour, alpha=0.18, linewidth=0, label=label)
     _unit_square(ax)
@@ -470,7 +255,7 @@ def _draw_strip(
     ax.scatter(shown[~right], height[~right], c=colours[~right], s=34, marker="x", label="wrong")
     if binary:
         ax.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.3g}")
-    _label_rows(ax, [_row_label(name, int((labels == c).sum())) for c, name in enumerate(label_names)])
+    label_rows(ax, [row_label(name, int((labels == c).sum())) for c, name in enumerate(label_names)])
     ax.grid(axis="x")
     ax.set(xlim=(-0.02, 1.02), title="Predicted probability by true class")
     ax.set_xlabel(f"probability of {label_names[1]}" if binary else "probability of the true class")
@@ -485,7 +270,7 @@ def _draw_confusion(ax: Axes, matrix: np.ndarray, label_names: Sequence[str]) ->
     for (row, column), share in np.ndenumerate(shares):
         text = f"{matrix[row, column]}\n{share:.0%}"
         ax.text(column, row, text, ha="center", va="center", color="white" if share > 0.5 else "black")
-    ticks, names = range(len(label_names)), [_wrapped(name) for name in label_names]
+    ticks, names = range(len(label_names)), [wrap_name(name) for name in label_names]
     ax.set_yticks(ticks, names)
     ax.set_xticks(ticks, names)
     if len(names) > 4:
@@ -506,25 +291,14 @@ def scores_table(intervals: Mapping[str, Interval], *, markdown: bool = False) -
     Raises:
         ValueError: no intervals, or intervals of different levels.
     """
-    rows = [("score", "value", f"{_percent(_common_level(intervals))} interval")]
-    rows += [(_words(name), *_cells(interval)) for name, interval in intervals.items()]
+    rows = [("score", "value", f"{percent(common_level(intervals))} interval")]
+    rows += [(words(name), *_cells(interval)) for name, interval in intervals.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     if not markdown:
         return "\n".join("  ".join(row).rstrip() for row in padded)
     rule = ["-" * width for width in widths]
     return "\n".join(f"| {' | '.join(row)} |" for row in [padded[0], rule, *padded[1:]])
-
-
-def _common_level(intervals: Mapping[str, Interval]) -> float:
-    levels = {interval.level for interval in intervals.values()}
-    if len(levels) != 1:
-        raise ValueError(f"expected intervals of one level, got {sorted(levels) or 'no intervals'}")
-    return levels.pop()
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:g} %"
 
 
 def _cells(interval: Interval) -> tuple[str, str]:
@@ -571,7 +345,7 @@ def gallery(
     )
     top = 0.15 + 0.22 * (heading.count("\n") + 1)
     width, height = columns * cell_width + gap, math.ceil(len(images) / columns) * cell_height + top
-    with _figure(path, width, height, layout="none") as figure:
+    with figure_file(path, width, height, layout="none") as figure:
         ax = figure.add_axes((0, 0, 1, 1))
         ax.set_axis_off()
         ax.text(gap, gap, heading, va="top", fontsize=12)

@@ -14,9 +14,9 @@ SOURCES = sorted(PACKAGE.glob("*.py"))
 # Each row may import from itself (downwards only, which Python checks) and from the rows named beside it.
 MODEL = {"configuration_", "encoder", "encoders", "pooling", "fusion", "processing_", "modeling_", "chunking"}
 DATA = {"images", "clinical_table", "cohort", "split_files", "splits", "augment", "bags", "cells"}
-SCORES = {"metrics", "metric_modules"}
+SCORES = {"metrics", "metric_modules", "calibration"}
 TOOLS = {"files", "options", "sampling", "version"}
-LOOP = {"checkpoints", "training", "inference", "runs", "reporting"}
+LOOP = {"checkpoints", "training", "inference", "runs", "reporting", "evaluation"}
 LAYERS = [("model", MODEL), ("data", DATA), ("scores", SCORES), ("tools", TOOLS), ("loop", LOOP)]
 ALLOWED = {
     "model": {"model"},

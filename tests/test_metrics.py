@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prediction_cases import binary_cohort, multiclass_cohort, resampled_rows
 from scipy.stats import bootstrap as scipy_bootstrap
 from scipy.stats import norm
 from sklearn import metrics as sk
 
-from lymph_hf import metrics
+from lymph_hf import metrics_bootstrap
 from lymph_hf.metrics import (
     BINARY_SCORES,
     MULTICLASS_SCORES,
@@ -27,21 +28,6 @@ from lymph_hf.metrics import (
     roc_points,
     score,
 )
-
-
-def binary_cohort(n, seed, decimals=None):
-    """Labels and overlapping probabilities of class 1; few decimals make ties."""
-    rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(n) % 3 > 0).astype(int)
-    probabilities = np.clip(rng.normal(0.35 + 0.3 * labels, 0.25), 0, 1)
-    return labels, probabilities if decimals is None else probabilities.round(decimals)
-
-
-def multiclass_cohort(n, classes, seed):
-    rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(n) % classes)
-    probabilities = rng.dirichlet(np.ones(classes), n) + 0.4 * np.eye(classes)[labels]
-    return labels, probabilities / probabilities.sum(axis=1, keepdims=True)
 
 
 def sklearn_binary(labels, probabilities, threshold):
@@ -184,9 +170,7 @@ def test_no_patients_is_nan_throughout(probabilities, names):
 @pytest.mark.parametrize("decimals", [None, 1])
 def test_vectorised_bootstrap_equals_a_loop_over_the_same_resamples(decimals):
     labels, probabilities = binary_cohort(40, seed=3, decimals=decimals)
-    weights = np.concatenate(list(bootstrap_weights(40, 60, seed=5)))
-    resampled = [np.repeat(np.arange(40), row.astype(int)) for row in weights]
-    loop = [sklearn_binary(labels[rows], probabilities[rows], 0.4) for rows in resampled]
+    loop = [sklearn_binary(labels[rows], probabilities[rows], 0.4) for rows in resampled_rows(40, 60, seed=5)]
     found = bootstrap_intervals(labels, probabilities, threshold=0.4, resamples=60, level=0.9, seed=5)
     for name, interval in found.items():
         low, high = np.quantile([scores[name] for scores in loop], [0.05, 0.95])
@@ -196,9 +180,7 @@ def test_vectorised_bootstrap_equals_a_loop_over_the_same_resamples(decimals):
 
 def test_vectorised_multiclass_bootstrap_equals_a_loop_over_the_same_resamples():
     labels, probabilities = multiclass_cohort(45, 3, seed=4)
-    weights = np.concatenate(list(bootstrap_weights(45, 40, seed=1)))
-    resampled = [np.repeat(np.arange(45), row.astype(int)) for row in weights]
-    loop = [sklearn_multiclass(labels[rows], probabilities[rows]) for rows in resampled]
+    loop = [sklearn_multiclass(labels[rows], probabilities[rows]) for rows in resampled_rows(45, 40, seed=1)]
     for name, interval in bootstrap_intervals(labels, probabilities, resamples=40, seed=1).items():
         expected = np.quantile([scores[name] for scores in loop], [0.025, 0.975])
         assert (interval.low, interval.high) == pytest.approx(tuple(expected), abs=1e-12)
@@ -226,7 +208,7 @@ def test_intervals_equal_scipy_on_the_same_draws(method, name):
 
 def test_resamples_do_not_depend_on_the_block_size(monkeypatch):
     whole = np.concatenate(list(bootstrap_weights(11, 50, seed=2)))
-    monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", 33)
+    monkeypatch.setattr(metrics_bootstrap, "_BLOCK_ELEMENTS", 33)
     blocks = list(bootstrap_weights(11, 50, seed=2))
     assert {len(block) for block in blocks} == {3, 2}
     np.testing.assert_array_equal(np.concatenate(blocks), whole)

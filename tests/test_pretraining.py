@@ -16,7 +16,8 @@ from lymph_hf import pretraining, recipes
 from lymph_hf.cell_sources import read_cells
 from lymph_hf.cohort import read_cohort, scan_images
 from lymph_hf.configuration_lymph import LymphMILConfig
-from lymph_hf.encoders import build_encoder, load_encoder_weights
+from lymph_hf.encoder_weights import load_encoder_weights
+from lymph_hf.encoders import build_encoder
 from lymph_hf.modeling_lymph import LymphMILForBagClassification
 from lymph_hf.modeling_mae import LymphMAEForPreTraining
 from lymph_hf.options_pretrain import PretrainOptions

@@ -1,0 +1,98 @@
+"""The figures of the evidence show the numbers that they were given, and say what is undefined."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from prediction_cases import binary_cohort
+
+from lymph_hf.metrics import Bootstrap, Interval, bootstrap_intervals
+from lymph_hf.metrics_decision import decision_curve
+from lymph_hf.metrics_subgroups import LearningPoint, Subgroup, clinical_groups, subgroup_scores
+from lymph_hf.reporting_evidence import (
+    calibration_figure,
+    decision_curve_figure,
+    learning_curve_figure,
+    subgroup_figure,
+)
+
+QUICK = Bootstrap(resamples=30)
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    figures, savefig = [], Figure.savefig
+
+    def remember(figure, *arguments, **options):
+        figures.append(figure)
+        return savefig(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return figures
+
+
+def texts(figure):
+    return "\n".join(text.get_text() for text in figure.findobj(Text) if text.get_visible())
+
+
+def test_decision_curve_draws_every_model_and_both_simple_rules(tmp_path, saved):
+    labels, first = binary_cohort(60, seed=0)
+    curves = {"image model": decision_curve(labels, first, bootstrap=QUICK)}
+    curves["clinical model"] = decision_curve(labels, first**2, bootstrap=QUICK)
+    decision_curve_figure(curves, tmp_path / "d.png", threshold=0.4)
+    (ax,) = saved[0].axes
+    drawn = {line.get_label(): line for line in ax.lines}
+    assert set(drawn) == {"send on everybody", "send on nobody", *curves, "frozen threshold 0.4"}
+    for name, curve in curves.items():
+        np.testing.assert_allclose(drawn[name].get_ydata(), [point.value for point in curve.model])
+    assert "prevalence 67%, 95 % bands" in texts(saved[0])
+    assert ax.get_ylim()[1] > labels.mean()
+    other = decision_curve(labels, first, prevalence=0.2, bootstrap=QUICK)
+    for bad in ({}, curves | {"elsewhere": other}):
+        with pytest.raises(ValueError, match="expected curves at one prevalence"):
+            decision_curve_figure(bad, tmp_path / "d.png")
+
+
+def test_calibration_shows_slope_and_intercept_of_each_model(tmp_path, saved):
+    labels, before = binary_cohort(60, seed=1)
+    after = np.stack([1 - before**2, before**2], axis=1)
+    calibration_figure(labels, {"before": before, "after": after}, tmp_path / "c.svg", positive="tumoral")
+    shown = texts(saved[0])
+    assert shown.count("slope") == shown.count("intercept") == 2
+    assert "n = 60 patients, 40 tumoral" in shown
+    assert "<svg" in (tmp_path / "c.svg").read_text()
+    for bad in (({}, labels), ({"a": []}, [])):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            calibration_figure(bad[1], bad[0], tmp_path / "c.png")
+
+
+def test_forest_plot_has_a_row_for_every_group_with_its_n(tmp_path, saved):
+    rng = np.random.default_rng(0)
+    labels, probabilities = binary_cohort(60, seed=2)
+    groups = clinical_groups(rng.uniform(20, 90, 60), rng.choice(["F", "M"], 60).tolist(), rng.lognormal(2, 1, 60))
+    rows = subgroup_scores(labels, probabilities, groups, bootstrap=QUICK)
+    nan = Interval(float("nan"), float("nan"), float("nan"))
+    rows.append(Subgroup("centre", "B", 4, 4, {"auroc": nan}))
+    overall = bootstrap_intervals(labels, probabilities, resamples=30)["auroc"]
+    subgroup_figure(rows, tmp_path / "s.png", overall=overall)
+    shown = texts(saved[0])
+    for row in rows:
+        assert f"{row.group} (n = {row.n}, {row.positives} positive)" in shown
+        assert str(row.scores["auroc"]) in shown
+    assert "undefined: patients of one class only" in shown
+    assert f"all patients, {overall}" in shown
+    assert [shown.count(f"\n{variable}\n") for variable in ("age", "sex", "lymphocyte count", "centre")] == [1] * 4
+    with pytest.raises(ValueError, match="no subgroups"):
+        subgroup_figure([], tmp_path / "s.png")
+
+
+def test_learning_curve_shows_mean_and_range(tmp_path, saved):
+    points = [LearningPoint(n, Interval(0.6 + n / 500, 0.5, 0.9), 0.55, 0.8) for n in (10, 30, 90)]
+    learning_curve_figure({"clinical": points}, tmp_path / "l.png")
+    (ax,) = saved[0].axes
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[10, 0.62], [30, 0.66], [90, 0.78]])
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["10", "30", "90"]
+    assert ax.get_ylabel() == "AUROC"
+    for bad in ({}, {"clinical": []}):
+        with pytest.raises(ValueError, match="at least one point for each curve"):
+            learning_curve_figure(bad, tmp_path / "l.png")
