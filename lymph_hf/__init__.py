@@ -6,6 +6,7 @@ Importing the package registers its models with the Auto classes of transformers
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
+from .adapters import ADAPTERS, attach_adapter
 from .configuration_lymph import LymphMILConfig
 from .configuration_mae import LymphMAEConfig
 from .encoders import resolve_encoder
@@ -27,6 +28,7 @@ AutoModelForPreTraining.register(LymphMAEConfig, LymphMAEForPreTraining)
 AutoImageProcessor.register(LymphMAEConfig, image_processor_classes={"torchvision": LymphImageProcessor})
 
 __all__ = [
+    "ADAPTERS",
     "FUSERS",
     "POOLERS",
     "ClinicalStandardizer",
@@ -37,5 +39,6 @@ __all__ = [
     "LymphMILForBagClassification",
     "LymphMILModel",
     "__version__",
+    "attach_adapter",
     "resolve_encoder",
 ]

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import ModelOutput
 from .configuration_lymph import LymphMILConfig
 from .encoders import build_encoder, embedding_size, encode_cells
 from .fusion import build_fuser
+from .modeling_adapters import AdapterLoading
 from .pooling import build_pooler, check_bags
 
 
@@ -52,7 +53,7 @@ def _is_loaded(tensor: torch.Tensor) -> bool:
     return getattr(tensor, "_is_hf_initialized", False)
 
 
-class LymphMILPreTrainedModel(PreTrainedModel):
+class LymphMILPreTrainedModel(AdapterLoading, PreTrainedModel):
     """Loading, saving and initialisation shared by the patient models."""
 
     config: LymphMILConfig

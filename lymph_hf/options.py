@@ -34,6 +34,19 @@ def json_option(name: str, text: str | None) -> dict[str, Any] | None:
     return value
 
 
+def chunk_size_option(text: str) -> int | str | None:
+    """`--chunk-size` as the configuration holds it.
+
+    Raises:
+        ValueError: neither a number nor `auto` nor `none`.
+    """
+    if text in ("auto", "none"):
+        return None if text == "none" else text
+    if not text.isdecimal():
+        raise ValueError(f"--chunk-size {text!r}: expected a number of cells, auto or none.")
+    return int(text)
+
+
 @dataclass(kw_only=True)
 class CohortOptions:
     """Where the patients are."""
@@ -76,12 +89,14 @@ class ModelOptions:
     encoder_options: str | None = option(None, "JSON of further timm.create_model arguments")
     image_size: int | None = option(None, "side of the input in pixels; by default what the encoder expects")
     freeze_encoder: bool = option(False, "train pooling, fusion and classifier only")
+    adapter: str | None = option(None, "train an adapter in a frozen encoder; a name in ADAPTERS, such as lora")
+    adapter_options: str | None = option(None, "JSON of the adapter's options, such as '{\"r\": 16}'")
     pooling: str = option("gated_attention", "how cells become a patient; a name in POOLERS")
     pooling_options: str | None = option(None, "JSON of the pooling's options")
     fusion: str = option("concat", "how clinical values join; a name in FUSERS, 'none' leaves them out")
     fusion_options: str | None = option(None, "JSON of the fusion's options")
     dropout: float = option(0.1, "dropout before the classifier")
-    chunk_size: int | None = option(32, "cells that pass the encoder at once")
+    chunk_size: str = option("32", "cells that pass the encoder at once: a number, auto (by free memory) or none")
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from peft import PeftModel
+from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
+from .adapters import attach_adapter, save_adapted, trainable_report
 from .augment import Augmentation
 from .bags import BagDataset, build_bags, cohort_fingerprint, collate_bags
 from .clinical import ClinicalSettings
@@ -34,6 +37,7 @@ from .options import (
     SplitOptions,
     SynthOptions,
     TrainingOptions,
+    chunk_size_option,
     json_option,
 )
 from .processing_lymph import ClinicalStandardizer, LymphImageProcessor
@@ -131,6 +135,10 @@ def train(
     validation_set = data.subset(split.validation) if split.validation else None
     if options.tracker != "none":
         accelerator.init_trackers("lymph-hf", config={k: "" if v is None else v for k, v in settings.items()})
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        return _validate(model, validation_set, accelerator, options)
+
     loop = TrainingLoop(
         accelerator,
         model,
@@ -138,11 +146,10 @@ def train(
         collate_bags,
         options,
         run.folder,
-        validate=None
-        if validation_set is None
-        else lambda model: _validate(model, validation_set, accelerator, options),
+        validate=None if validation_set is None else validate,
         sample_weights=balanced_weights(train_set.label_ids) if options.balance == "sampling" else None,
-        encoder=model.model.encoder,
+        # An adapter is new, like the head: it learns at the full rate.
+        encoder=model.model.encoder if model_options.adapter is None else None,
     )
     progress = loop.run()
     predictions = (
@@ -340,7 +347,7 @@ def _new_model(
         fusion_options=json_option("fusion_options", options.fusion_options),
         clinical_features=list(standardizer.features),
         dropout=options.dropout,
-        chunk_size=options.chunk_size,
+        chunk_size=chunk_size_option(options.chunk_size),
         class_weights=weights if training.balance == "weights" else None,
         label_smoothing=training.label_smoothing,
         id2label=dict(enumerate(label_names)),
@@ -352,6 +359,14 @@ def _new_model(
         logger.info("%s", load_encoder_weights(model.model.encoder, weights).summary())
     if options.freeze_encoder:
         model.model.encoder.requires_grad_(False)
+    if options.adapter is not None:
+        if options.freeze_encoder:
+            raise RecipeError(
+                "--freeze-encoder with --adapter: an adapter freezes the encoder itself, give one of them."
+            )
+        given = json_option("adapter_options", options.adapter_options) or {}
+        model = attach_adapter(model, options.adapter, **given)
+    logger.info("%s", trainable_report(model))
     return model, LymphImageProcessor.from_config(config, standardizer)
 
 
@@ -374,7 +389,10 @@ def _freeze_threshold(config: LymphMILConfig, predictions, validation_set, thres
 
 def _export(model: LymphMILForBagClassification, processor: LymphImageProcessor, folder: Path) -> None:
     with writing_folder(folder) as beside:
-        model.save_pretrained(beside)
+        if isinstance(model, PeftModel):
+            save_adapted(model, beside)
+        else:
+            model.save_pretrained(beside)
         processor.save_pretrained(beside)
 
 

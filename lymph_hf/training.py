@@ -268,8 +268,10 @@ class TrainingLoop:
         write_text(self.folder / "history.csv", _as_csv(self.progress.history))
 
     def _weights(self) -> dict[str, torch.Tensor]:
+        """What training changes: parameters that learn, and buffers."""
         model = self.accelerator.unwrap_model(self.model)
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        return {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n not in frozen}
 
     def _save(self, best_weights: dict[str, torch.Tensor] | None) -> None:
         self.checkpoints.save(
@@ -287,7 +289,9 @@ class TrainingLoop:
     def _load_best(self) -> None:
         best = read_best(self.checkpoints.latest())
         if best is not None:
-            self.accelerator.unwrap_model(self.model).load_state_dict(best)
+            loaded = self.accelerator.unwrap_model(self.model).load_state_dict(best, strict=False)
+            if loaded.unexpected_keys:
+                raise TrainingError(f"The checkpoint does not fit the model: it also holds {loaded.unexpected_keys}.")
         self.model.eval()
 
 

@@ -98,7 +98,9 @@ def test_nothing_in_the_package_prints_or_reads_a_clock_for_ages(path):
         if isinstance(node, ast.Call):
             call = ast.unparse(node.func)
             assert call != "print", "use logging"
-            assert not re.fullmatch(r"(datetime\.)?(date|datetime)\.(today|now|utcnow)", call), "ages drift with the clock"
+            assert not re.fullmatch(r"(datetime\.)?(date|datetime)\.(today|now|utcnow)", call), (
+                "ages drift with the clock"
+            )
 
 
 def test_no_file_names_a_registry_host_or_a_place_of_one_machine():
@@ -113,7 +115,7 @@ def test_importing_the_package_needs_no_training_libraries():
     """Whoever only loads a model needs neither datasets nor evaluate nor matplotlib."""
     import subprocess
 
-    heavy = "datasets evaluate matplotlib gradio tensorboard pandas sklearn".split()
+    heavy = ["datasets", "evaluate", "matplotlib", "gradio", "tensorboard", "pandas", "sklearn"]
     script = f"import sys, lymph_hf; sys.exit(', '.join(n for n in {heavy} if n in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, f"imported: {done.stderr}"

@@ -43,7 +43,9 @@ def test_what_enters_from_outside_is_background_never_black():
 def test_a_rotation_by_itself_keeps_the_amount_of_cell():
     out = views(**PLAIN, flip=True, rotation=180.0, translation=0.0, scaling=0.0)
     dark = (out[:, 0] < 140).float().mean(dim=(1, 2))
-    torch.testing.assert_close(dark, torch.full_like(dark, float((smear()[0, 0] < 140).float().mean())), atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        dark, torch.full_like(dark, float((smear()[0, 0] < 140).float().mean())), atol=0.02, rtol=0
+    )
 
 
 def test_each_cell_moves_on_its_own_but_the_stain_changes_alike():
@@ -65,7 +67,11 @@ def test_the_shape_of_a_flip_is_a_mirror():
     out = views(**PLAIN, flip=True, rotation=0.0, translation=0.0, scaling=0.0, cells=smear(40))
     original = smear(1)[0].float()
     kinds = [
-        "same" if torch.allclose(cell, original, atol=0.1) else "mirror" if torch.allclose(cell, original.flip(-1), atol=0.1) else ""
+        "same"
+        if torch.allclose(cell, original, atol=0.1)
+        else "mirror"
+        if torch.allclose(cell, original.flip(-1), atol=0.1)
+        else ""
         for cell in out
     ]
     assert set(kinds) == {"same", "mirror"}

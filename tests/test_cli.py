@@ -58,7 +58,13 @@ def test_a_file_sets_options_and_the_command_line_overrides_it(tmp_path, suffix)
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("epoch: 3", "--epoch"), ("epochs: many", "epochs"), ("- 1", "table"), ("a: [", "config"), ("tracker: paper", "paper")],
+    [
+        ("epoch: 3", "--epoch"),
+        ("epochs: many", "epochs"),
+        ("- 1", "table"),
+        ("a: [", "config"),
+        ("tracker: paper", "paper"),
+    ],
 )
 def test_mistakes_in_a_file_are_refused(tmp_path, capsys, content, message):
     path = tmp_path / "settings.yaml"
@@ -83,7 +89,9 @@ def test_abbreviations_are_refused():
 
 
 def test_resuming_takes_the_settings_of_the_run(tmp_path):
-    (tmp_path / "settings.json").write_text(json.dumps({"data": "d", "output": str(tmp_path), "epochs": 5, "resume": False}))
+    (tmp_path / "settings.json").write_text(
+        json.dumps({"data": "d", "output": str(tmp_path), "epochs": 5, "resume": False})
+    )
     cohort, _, _, training = cli.parse("train", ["--resume", "--output", str(tmp_path)])
     assert (cohort.data, training.epochs, training.resume) == ("d", 5, True)
 
@@ -124,5 +132,7 @@ def test_scripts_are_the_same_command(script):
 
 
 def test_the_installed_command_starts():
-    done = subprocess.run([sys.executable, "-m", "lymph_hf.cli", "train", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "lymph_hf.cli", "train", "--help"], capture_output=True, text=True, check=True
+    )
     assert "accelerate launch scripts/train.py" in done.stdout

@@ -1,4 +1,4 @@
-"""The main job end to end: a run folder that reloads, scores and predictions that hold, bad input that stops nothing."""
+"""The main job end to end: a run folder that reloads, scores that hold, bad input that stops nothing."""
 
 import csv
 import json
@@ -77,8 +77,11 @@ def test_the_threshold_is_frozen_in_the_model_and_chosen_on_validation(trained_r
 
 def test_nothing_personal_is_written(challenge, tiny_options, tmp_path):
     """Dates of birth stay in the reader; exact identifiers only where a prediction needs them."""
-    births = {row["DOB"] for part in ("trainset/trainset_true.csv", "testset/testset_data.csv")
-              for row in csv.DictReader((challenge / part).read_text().splitlines())}
+    births = {
+        row["DOB"]
+        for part in ("trainset/trainset_true.csv", "testset/testset_data.csv")
+        for row in csv.DictReader((challenge / part).read_text().splitlines())
+    }
     recipes.train(*tiny_options(tmp_path / "run", data=challenge, epochs=1))
     for path in (tmp_path / "run").rglob("*"):
         if path.suffix in (".json", ".csv", ".txt"):
@@ -287,6 +290,25 @@ def test_encoder_weights_are_loaded_into_the_encoder(trained_run, tiny_options, 
     target = AutoModel.from_pretrained(tmp_path / "run/lymph-mil")
     for name, tensor in source.model.encoder.state_dict().items():
         assert torch.equal(tensor, target.model.encoder.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "vpt_deep", "bottleneck"])
+def test_an_adapter_trains_in_a_frozen_encoder_and_reloads(adapter, cohort_folder, tiny_options, tmp_path, caplog):
+    caplog.set_level("INFO", logger="lymph_hf")
+    run = tmp_path / "run"
+    recipes.train(*tiny_options(run, epochs=2, adapter=adapter, learning_rate=0.01))
+    assert "trained" in caplog.text.lower() or "trainable" in caplog.text.lower()
+    options = EvaluateOptions(run=str(run), output=str(tmp_path), subset="validation")
+    recipes.evaluate(data(cohort_folder), options, CPU)
+    stored, again = pd.read_csv(run / "validation.csv"), pd.read_csv(tmp_path / "predictions.csv")
+    np.testing.assert_allclose(
+        stored.probability, again.set_index("patient_id").loc[stored.patient_id].probability, atol=1e-6
+    )
+
+
+def test_an_adapter_and_a_frozen_encoder_exclude_each_other(tiny_options, tmp_path):
+    with pytest.raises(RecipeError, match="--adapter"):
+        recipes.train(*tiny_options(tmp_path / "run", adapter="lora", freeze_encoder=True))
 
 
 @pytest.mark.parametrize("name", ["encoder_options", "pooling_options", "fusion_options"])

@@ -17,7 +17,13 @@ def indices(batches) -> list[int]:
     return [index for batch in batches if batch.share for _, index in batch.keys]
 
 
-@given(examples=sizes, batch_size=sizes, micro_batch=st.integers(1, 5), processes=st.integers(1, 4), epoch=st.integers(0, 3))
+@given(
+    examples=sizes,
+    batch_size=sizes,
+    micro_batch=st.integers(1, 5),
+    processes=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+)
 def test_each_example_is_seen_once_with_the_same_weight(examples, batch_size, micro_batch, processes, epoch):
     plans = [EpochPlan(examples, batch_size, micro_batch, 7, None, processes, p) for p in range(processes)]
     epochs = [list(plan.batches(epoch)) for plan in plans]
