@@ -48,6 +48,4 @@ def build_pooler(name: str, input_size: int, *, num_labels: int = 2, **options: 
     >>> build_pooler("gated_attention", 384, hidden_size=64).output_size
     384
     """
-    return build_by_name(
-        POOLERS, "pooling", name, {"input_size": input_size, "num_labels": num_labels}, options
-    )
+    return build_by_name(POOLERS, "pooling", name, {"input_size": input_size, "num_labels": num_labels}, options)

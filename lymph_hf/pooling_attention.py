@@ -2,11 +2,11 @@
 
 from torch import Tensor, nn
 
-from .pooling_base import Pooled, Pooler, check_at_least, check_fraction, masked_softmax, weighted_sum
+from .pooling_base import Pooled, Pooler, RealCells, check_at_least, check_fraction, masked_softmax, weighted_sum
 
 
 class AttentionScores(nn.Module):
-    """Unnormalised attention `(B, N, D)` -> `(B, N, branches)`, gated or not.
+    """Unnormalised attention `(..., D)` -> `(..., branches)`, gated or not.
 
     Plain: `s_i = w tanh(V x_i)`; gated: `s_i = w (tanh(V x_i) * sigmoid(U x_i))`. V and U are one matrix
     product. See `AttentionPooler` for the source.
@@ -63,14 +63,13 @@ class AttentionPooler(Pooler):
 
     gated = False
 
-    def __init__(
-        self, input_size: int, *, num_labels: int = 2, hidden_size: int = 128, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, input_size: int, *, num_labels: int = 2, hidden_size: int = 128, dropout: float = 0.0) -> None:
         super().__init__(input_size, num_labels=num_labels)
         self.scores = AttentionScores(input_size, hidden_size, gated=self.gated, dropout=dropout)
 
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
-        weights = masked_softmax(self.scores(x).squeeze(-1), mask)
+        cells = RealCells(mask)
+        weights = masked_softmax(cells.pad(self.scores(cells.pack(x))).squeeze(-1), mask)
         return weighted_sum(weights, x), weights, None
 
 

@@ -81,9 +81,7 @@ class Pooler(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"cells must be floating point, got {x.dtype}")
         if mask.shape != x.shape[:2]:
-            raise ValueError(
-                f"mask must have shape {tuple(x.shape[:2])} like the cells, got {tuple(mask.shape)}"
-            )
+            raise ValueError(f"mask must have shape {tuple(x.shape[:2])} like the cells, got {tuple(mask.shape)}")
         check_bags(mask)
         if labels is not None:
             self._check_labels(labels, bags=x.shape[0])
@@ -91,13 +89,10 @@ class Pooler(nn.Module):
     def _check_labels(self, labels: Tensor, bags: int) -> None:
         if labels.shape != (bags,) or labels.is_floating_point():
             raise ValueError(
-                f"labels must be integers of shape ({bags},), one per bag, "
-                f"got {labels.dtype} {tuple(labels.shape)}"
+                f"labels must be integers of shape ({bags},), one per bag, got {labels.dtype} {tuple(labels.shape)}"
             )
         if not is_traced() and not bool(((labels >= 0) & (labels < self.num_labels)).all()):
-            raise ValueError(
-                f"labels must lie in [0, {self.num_labels}), got {labels.tolist()}: check num_labels"
-            )
+            raise ValueError(f"labels must lie in [0, {self.num_labels}), got {labels.tolist()}: check num_labels")
 
 
 def is_traced() -> bool:
@@ -117,9 +112,7 @@ def check_bags(mask: Tensor, names: Sequence[str] | None = None) -> None:
         ValueError: it is not two-dimensional, holds no bag, or a bag has no real cell.
     """
     if mask.dtype != torch.bool:
-        raise TypeError(
-            f"mask must be bool (True = a real cell), got {mask.dtype}: convert it with mask.bool()"
-        )
+        raise TypeError(f"mask must be bool (True = a real cell), got {mask.dtype}: convert it with mask.bool()")
     if mask.ndim != 2 or mask.shape[0] == 0:
         raise ValueError(f"mask must have shape (bags, cells) with at least one bag, got {tuple(mask.shape)}")
     if is_traced():
@@ -127,9 +120,7 @@ def check_bags(mask: Tensor, names: Sequence[str] | None = None) -> None:
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:
         who = ", ".join(f"{index} (patient {names[index]})" if names else str(index) for index in empty)
-        raise ValueError(
-            f"empty bag at index {who}: the mask holds no real cell; leave such patients out of the batch"
-        )
+        raise ValueError(f"empty bag at index {who}: the mask holds no real cell; leave such patients out of the batch")
 
 
 def fill_padding(x: Tensor, mask: Tensor, value: float = 0.0) -> Tensor:
@@ -142,6 +133,32 @@ def fill_padding(x: Tensor, mask: Tensor, value: float = 0.0) -> Tensor:
 def is_unpadded(mask: Tensor) -> bool:
     """True when all cells are known to be real, so that masking can be skipped (never while tracing)."""
     return not is_traced() and bool(mask.all())
+
+
+class RealCells:
+    """The real cells of a batch side by side, for layers that look at one cell at a time.
+
+    Such layers then cost what the cells cost, whatever the padding. Nothing is moved where nothing is padded,
+    nor while tracing, when the number of cells is not known; both methods then return their argument.
+
+    Args:
+        mask: `(B, N)` bool, True = a real cell.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.shape = mask.shape
+        self.index = None if is_traced() or is_unpadded(mask) else mask.flatten().nonzero().squeeze(1)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Padded `(B, N, ...)` -> real cells `(n, ...)`, bag by bag."""
+        return x if self.index is None else x.flatten(0, 1).index_select(0, self.index)
+
+    def pad(self, cells: Tensor) -> Tensor:
+        """Real cells `(n, ...)` -> padded `(B, N, ...)`, 0 on padding."""
+        if self.index is None:
+            return cells
+        padded = cells.new_zeros(self.shape.numel(), *cells.shape[1:])
+        return padded.index_copy_(0, self.index, cells).unflatten(0, self.shape)
 
 
 def masked_softmax(scores: Tensor, mask: Tensor, dim: int = -1) -> Tensor:

@@ -8,6 +8,7 @@ from .pooling_attention import AttentionScores
 from .pooling_base import (
     Pooled,
     Pooler,
+    RealCells,
     at_least_float32,
     check_at_least,
     check_choice,
@@ -71,14 +72,16 @@ class ClamSinglePooler(Pooler):
         self.margin = 1.0 if instance_loss == "smooth_svm" else 0.0
         self.out_of_class = out_of_class
         self.auxiliary_weight = auxiliary_weight
-        self.embed = nn.Sequential(nn.Linear(input_size, width), nn.ReLU(), nn.Dropout(dropout))
+        self.embed = nn.Sequential(nn.Linear(input_size, width), nn.ReLU(inplace=True), nn.Dropout(dropout))
         self.scores = AttentionScores(width, hidden_size, branches=branches, dropout=dropout)
         self.instance_classifiers = nn.Linear(width, 2 * num_labels)
         self.output_size = branches * width
 
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
-        hidden = self.embed(x)  # (B, N, W)
-        scores = self.scores(hidden).transpose(1, 2)  # (B, branches, N)
+        cells = RealCells(mask)
+        hidden = self.embed(cells.pack(x))
+        scores = cells.pad(self.scores(hidden)).transpose(1, 2)  # (B, branches, N)
+        hidden = cells.pad(hidden)  # (B, N, W)
         attention = masked_softmax(scores, mask.unsqueeze(1))
         embedding = weighted_sum(attention, hidden).flatten(1)
         loss = None

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from .pooling_base import (
     Pooled,
     Pooler,
+    RealCells,
     at_least_float32,
     check_at_least,
     check_fraction,
@@ -54,18 +55,24 @@ class DSMILPooler(Pooler):
         self.auxiliary_weight = auxiliary_weight
         self.classifier = nn.Linear(input_size, num_labels)
         self.query = nn.Sequential(
-            nn.Linear(input_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size), nn.Tanh()
+            nn.Linear(input_size, hidden_size), nn.ReLU(inplace=True), nn.Linear(hidden_size, hidden_size), nn.Tanh()
         )
-        self.value = nn.Sequential(nn.Dropout(dropout), nn.Linear(input_size, width))
+        self.dropout = nn.Dropout(dropout)
+        self.value = nn.Linear(input_size, width)
         self.output_size = num_labels * width
 
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
-        highest, critical = fill_padding(self.classifier(x), mask, -torch.inf).max(dim=1)  # (B, C) both
-        queries = self.query(x)  # (B, N, d)
+        cells = RealCells(mask)
+        packed = cells.pack(x)
+        logits = cells.pad(self.classifier(packed))  # (B, N, C)
+        highest, critical = fill_padding(logits, mask, -torch.inf).max(dim=1)  # (B, C) both
+        queries = cells.pad(self.query(packed))  # (B, N, d)
         bags = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
-        scores = queries[bags, critical] @ queries.transpose(1, 2) * queries.shape[-1] ** -0.5  # (B, C, N)
+        # Cells on the left: the gradients of both uses of the queries then lie alike in memory and add up fast.
+        scores = (queries @ queries[bags, critical].mT).mT * queries.shape[-1] ** -0.5  # (B, C, N)
         attention = masked_softmax(scores, mask.unsqueeze(1))
-        embedding = weighted_sum(attention, self.value(x)).flatten(1)
+        # V is affine and a label's weights sum to 1: sum_i a_ci V x_i = V sum_i a_ci x_i, of C rows, not N.
+        embedding = self.value(weighted_sum(attention, self.dropout(x))).flatten(1)
         loss = None
         if labels is not None and self.auxiliary_weight > 0:
             loss = self.auxiliary_weight * F.cross_entropy(at_least_float32(highest), labels)

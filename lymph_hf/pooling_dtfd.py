@@ -8,6 +8,7 @@ from .pooling_attention import AttentionScores
 from .pooling_base import (
     Pooled,
     Pooler,
+    RealCells,
     at_least_float32,
     check_at_least,
     check_fraction,
@@ -61,23 +62,21 @@ class DTFDPooler(Pooler):
         check_at_least("auxiliary_weight", auxiliary_weight, 0)
         self.pseudo_bags = pseudo_bags
         self.auxiliary_weight = auxiliary_weight
-        self.embed = nn.Sequential(nn.Linear(input_size, width), nn.ReLU(), nn.Dropout(dropout))
+        self.embed = nn.Sequential(nn.Linear(input_size, width), nn.ReLU(inplace=True), nn.Dropout(dropout))
         self.scores = AttentionScores(width, hidden_size)
         self.classifier = nn.Linear(width, num_labels)
         self.bag_scores = AttentionScores(width, hidden_size)
         self.output_size = width
 
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
-        hidden = self.embed(x)  # (B, N, W)
-        scores = self.scores(hidden).squeeze(-1)  # (B, N)
-        member = deal(
-            torch.rand_like(at_least_float32(scores)) if self.training else scores, mask, self.pseudo_bags
-        )
+        cells = RealCells(mask)
+        hidden = self.embed(cells.pack(x))
+        scores = cells.pad(self.scores(hidden)).squeeze(-1)  # (B, N)
+        hidden = cells.pad(hidden)  # (B, N, W)
+        member = deal(torch.rand_like(at_least_float32(scores)) if self.training else scores, mask, self.pseudo_bags)
         present = member.any(dim=-1)  # (B, M)
         # An absent pseudo-bag would be a softmax over nothing; it reads the whole bag and is dropped below.
-        within = masked_softmax(
-            scores.unsqueeze(1), member | (mask.unsqueeze(1) & ~present.unsqueeze(-1))
-        )  # (B, M, N)
+        within = masked_softmax(scores.unsqueeze(1), member | (mask.unsqueeze(1) & ~present.unsqueeze(-1)))  # (B, M, N)
         features = weighted_sum(within, hidden)  # (B, M, W)
         among = masked_softmax(self.bag_scores(features).squeeze(-1), present)  # (B, M)
         weights = (among.unsqueeze(-1) * within).sum(dim=1)  # (B, N)

@@ -4,7 +4,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .pooling_base import at_least_float32, check_at_least, check_fraction, is_unpadded, masked_softmax
+from .pooling_base import (
+    RealCells,
+    at_least_float32,
+    check_at_least,
+    check_fraction,
+    is_unpadded,
+    masked_softmax,
+    weighted_sum,
+)
 
 
 class MultiHeadAttention(nn.Module):
@@ -46,11 +54,25 @@ class MultiHeadAttention(nn.Module):
         q, k, v = self.project(query, context)
         return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask(mask)))
 
+    def among(self, packed: Tensor, cells: RealCells, mask: Tensor) -> Tensor:
+        """Exact attention of real cells to each other, as they come from and go to `cells.pack`."""
+        qkv = cells.pad(torch.cat([self.query(packed), self.key_value(packed)], dim=-1))  # (B, N, 3 W)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask(mask))
+        return self.out(cells.pack(attended.transpose(1, 2).flatten(-2)))
+
     def read(self, query: Tensor, context: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward` for a *few* queries, with their attention, mean over heads, `(B, Q, N)`."""
-        q, k, v = self.project(query, context)
-        attention = masked_softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, mask[:, None, None, :])
-        return self.merge(attention.to(v.dtype) @ v), attention.mean(dim=1)
+        """As `forward` for a *few* queries, with their attention, mean over heads, `(B, Q, N)`.
+
+        `q . K c_i = K' q . c_i` and `sum_i a_i V c_i = V sum_i a_i c_i`: the projections are taken of the few
+        queries and sums rather than of the N elements, which is less work while heads x Q < W.
+        """
+        key, value = self.key_value.weight.unflatten(0, (2, self.num_heads, -1))  # (heads, d, W) both
+        q = self.query(query).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, Q, d)
+        asked = (q @ key * q.shape[-1] ** -0.5).flatten(1, 2)  # (B, heads * Q, W)
+        attention = masked_softmax(asked @ context.transpose(1, 2), mask.unsqueeze(1))
+        read = weighted_sum(attention, context).unflatten(1, (self.num_heads, -1))  # (B, heads, Q, W)
+        return self.merge(read @ value.mT), attention.unflatten(1, (self.num_heads, -1)).mean(dim=1)
 
 
 class AttentionBlock(nn.Module):
@@ -75,16 +97,23 @@ class AttentionBlock(nn.Module):
         self.norm_context = nn.LayerNorm(size) if cross else None
         self.attention = MultiHeadAttention(size, num_heads)
         self.norm_mlp = nn.LayerNorm(size)
-        self.mlp = nn.Sequential(
-            nn.Linear(size, expansion * size), nn.GELU(), nn.Linear(expansion * size, size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(size, expansion * size), nn.GELU(), nn.Linear(expansion * size, size))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, context: Tensor | None = None) -> Tensor:
-        """`mask (B, N)` tells the real elements of the context, None = all."""
-        normed = self.norm(x)
-        context = normed if self.norm_context is None else self.norm_context(context)
-        return self._finish(x, self.attention(normed, context, mask))
+        """`mask (B, N)` tells the real elements of the context, None = all.
+
+        In self-attention everything but the products of queries and keys is computed for real elements only;
+        what becomes of the others means nothing.
+        """
+        if self.norm_context is not None:
+            return self._finish(x, self.attention(self.norm(x), self.norm_context(context), mask))
+        if mask is None:
+            normed = self.norm(x)
+            return self._finish(x, self.attention(normed, normed, None))
+        cells = RealCells(mask)
+        packed = cells.pack(x)
+        return cells.pad(self._finish(packed, self.attention.among(self.norm(packed), cells, mask)))
 
     def read(self, x: Tensor, mask: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-attention of a few queries, with its weights `(B, Q, N)` averaged over heads."""
@@ -186,7 +215,5 @@ def pseudo_inverse(matrix: Tensor, iterations: int = 6) -> Tensor:
     inverse = matrix.transpose(-1, -2) / scale[..., None, None]
     for _ in range(iterations):
         product = matrix @ inverse
-        inverse = (
-            0.25 * inverse @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
-        )
+        inverse = 0.25 * inverse @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
     return inverse

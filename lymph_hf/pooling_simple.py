@@ -8,6 +8,7 @@ from .pooling_attention import AttentionScores
 from .pooling_base import (
     Pooled,
     Pooler,
+    RealCells,
     at_least_float32,
     check_at_least,
     check_choice,
@@ -135,7 +136,8 @@ class TopKPooler(Pooler):
         self.scores = AttentionScores(input_size, hidden_size)
 
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
-        scores = self.scores(x).squeeze(-1).masked_fill(~mask, -torch.inf)  # (B, N)
+        cells = RealCells(mask)
+        scores = cells.pad(self.scores(cells.pack(x))).squeeze(-1).masked_fill(~mask, -torch.inf)  # (B, N)
         kth = scores.detach().topk(min(self.k, scores.shape[1]), dim=1).values[:, -1:]  # -inf in smaller bags
         weights = masked_softmax(scores, mask & (scores >= kth))
         return weighted_sum(weights, x), weights, None
@@ -180,9 +182,7 @@ class InstanceLogitsPooler(Pooler):
         logits = self.classifier(x)  # (B, N, C)
         bag_logits = self.aggregate(logits, mask).to(logits.dtype)  # (B, C)
         favoured = bag_logits.argmax(dim=-1)[:, None, None].expand(-1, logits.shape[1], 1)
-        weights = (
-            at_least_float32(logits).softmax(dim=-1).gather(2, favoured).squeeze(-1).masked_fill(~mask, 0)
-        )
+        weights = at_least_float32(logits).softmax(dim=-1).gather(2, favoured).squeeze(-1).masked_fill(~mask, 0)
         if labels is None or self.auxiliary_weight == 0:
             return bag_logits, weights, None
         return (

@@ -9,6 +9,7 @@ from .pooling_attention import AttentionScores
 from .pooling_base import (
     Pooled,
     Pooler,
+    RealCells,
     check_at_least,
     check_choice,
     masked_softmax,
@@ -69,23 +70,23 @@ class SelfAttentionPooler(TransformerPooler):
     position in the patient's set, not of its own content alone.
     """
 
-    def __init__(
-        self, input_size: int, *, num_layers: int = 1, aggregation: str = "attention", **options: Any
-    ) -> None:
+    def __init__(self, input_size: int, *, num_layers: int = 1, aggregation: str = "attention", **options: Any) -> None:
         super().__init__(input_size, num_layers=num_layers, **options)
         check_choice("aggregation", aggregation, ("attention", "mean"))
         self.blocks = nn.ModuleList(self.block() for _ in range(num_layers))
         self.scores = AttentionScores(self.width) if aggregation == "attention" else None
 
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
-        hidden = self.embed(x)  # (B, N, W)
+        cells = RealCells(mask)
+        hidden = cells.pad(self.embed(cells.pack(x)))  # (B, N, W)
         for block in self.blocks:
             hidden = block(hidden, mask)
-        hidden = self.norm(hidden)
+        packed = self.norm(cells.pack(hidden))
+        hidden = cells.pad(packed)
         if self.scores is None:
             weights = uniform_weights(mask, hidden.dtype)
         else:
-            weights = masked_softmax(self.scores(hidden).squeeze(-1), mask)
+            weights = masked_softmax(cells.pad(self.scores(packed)).squeeze(-1), mask)
         return weighted_sum(weights, hidden), weights, None
 
 
@@ -112,9 +113,7 @@ class TransMILPooler(TransformerPooler):
     Weights: the class token's attention over the cells in the last layer, mean over heads (attention).
     """
 
-    def __init__(
-        self, input_size: int, *, num_layers: int = 2, landmarks: int | None = 256, **options: Any
-    ) -> None:
+    def __init__(self, input_size: int, *, num_layers: int = 2, landmarks: int | None = 256, **options: Any) -> None:
         super().__init__(input_size, num_layers=num_layers, **options)
         if landmarks is not None:
             check_at_least("landmarks", landmarks, 1)
@@ -202,9 +201,7 @@ class PerceiverPooler(TransformerPooler):
     Weights: the latents' attention over the cells, mean over heads and latents (attention).
     """
 
-    def __init__(
-        self, input_size: int, *, num_layers: int = 2, num_latents: int = 16, **options: Any
-    ) -> None:
+    def __init__(self, input_size: int, *, num_layers: int = 2, num_latents: int = 16, **options: Any) -> None:
         super().__init__(input_size, num_layers=num_layers, **options)
         check_at_least("num_latents", num_latents, 1)
         self.latents = LearntTokens(num_latents, self.width)

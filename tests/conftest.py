@@ -9,7 +9,8 @@ from pathlib import Path
 _CACHE = tempfile.mkdtemp(prefix="lymph-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ |= {"HF_HOME": _CACHE, "HF_DATASETS_CACHE": f"{_CACHE}/datasets", "HF_HUB_OFFLINE": "1"}
-os.environ |= {"TQDM_MININTERVAL": "60", "MPLBACKEND": "Agg"}
+# One thread, also in the processes that tests start: tiny models are faster on it, and sums are added in one order.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -19,12 +20,7 @@ from lymph_hf.options import CohortOptions, ModelOptions, SplitOptions, Training
 from lymph_hf.synthetic import write_synthetic_cohort  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny models are faster on one thread, and sums are added in one order."""
-    torch.set_num_threads(1)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

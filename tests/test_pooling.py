@@ -8,6 +8,7 @@ from mil_cases import CELL_SIZE, NUM_LABELS, POOLER_CASES, make_batch, make_pool
 from torch.testing import assert_close
 
 from lymph_hf.pooling import POOLERS, build_pooler, check_bags
+from lymph_hf.pooling_base import RealCells
 from lymph_hf.pooling_layers import AttentionBlock, MultiHeadAttention
 
 ALL = pytest.mark.parametrize("case", POOLER_CASES)
@@ -130,9 +131,7 @@ def test_gradients_reach_every_parameter_and_are_finite(case):
     x, mask = make_batch(SIZES, extra=1)
     x.requires_grad_()
     embedding, _, loss = pooler.pool(x, mask, LABELS)
-    direction = torch.randn(
-        embedding.shape, dtype=embedding.dtype, generator=torch.Generator().manual_seed(3)
-    )
+    direction = torch.randn(embedding.shape, dtype=embedding.dtype, generator=torch.Generator().manual_seed(3))
     ((embedding * direction).sum() + (0 if loss is None else loss)).backward()
     for name, parameter in pooler.named_parameters():
         assert parameter.grad is not None, name
@@ -200,13 +199,53 @@ def test_exported_graph_honours_the_mask(case):
     full = torch.ones_like(mask)
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     shapes = {"x": any_size, "mask": any_size}
-    program = torch.export.export(
-        pooler, (x.nan_to_num(0), full), dynamic_shapes=shapes
-    )  # nothing is padded here
+    program = torch.export.export(pooler, (x.nan_to_num(0), full), dynamic_shapes=shapes)  # nothing is padded here
     for sizes in (SIZES, (1,), (3, 17)):
         bags = make_batch(sizes)
         for exported, direct in zip(program.module()(*bags), pooler(*bags), strict=True):
             assert_close(exported, direct)
+
+
+# --- cost follows the cells
+
+
+def test_packing_round_trip():
+    x, mask = make_batch((3, 1, 5), extra=2)
+    cells = RealCells(mask)
+    packed = cells.pack(x)
+    assert torch.equal(packed, x[mask])
+    assert torch.equal(cells.pad(packed), x.nan_to_num(0))
+
+
+def test_nothing_is_moved_where_nothing_is_padded():
+    x, mask = make_batch((4, 4))
+    cells = RealCells(mask)
+    assert cells.pack(x) is x
+    assert cells.pad(x) is x
+
+
+@pytest.mark.parametrize(
+    "case", ["attention", "gated_attention", "top_k", "self_attention", "clam_sb", "clam_mb", "dsmil", "dtfd"]
+)
+def test_linear_layers_see_no_padding(case):
+    pooler = make_pooler(case)
+    x, mask = make_batch((2, 9), extra=20)
+    most = int(mask.sum())
+    for layer in pooler.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[:-1].numel()))
+    rows = []
+    pooler(x, mask)
+    assert 0 < max(rows) <= most
+
+
+def test_few_queries_read_as_attention_does():
+    torch.manual_seed(0)
+    attention = MultiHeadAttention(CELL_SIZE, 3).double()
+    x, mask = make_batch((4, 9))
+    query = torch.randn(2, 5, CELL_SIZE, dtype=torch.float64)
+    x = x.nan_to_num(0)
+    assert_close(attention.read(query, x, mask)[0], attention(query, x, mask))
 
 
 # --- wrong input

@@ -67,9 +67,7 @@ def test_mean_and_sum():
 def test_max():
     def reference(pooler, x, label):
         won = [
-            sum(x[i, d] >= x[j, d] for j in range(len(x))) == len(x)
-            for i in range(len(x))
-            for d in range(CELL_SIZE)
+            sum(x[i, d] >= x[j, d] for j in range(len(x))) == len(x) for i in range(len(x)) for d in range(CELL_SIZE)
         ]
         share = torch.tensor(won).double().view(len(x), CELL_SIZE).sum(dim=1) / CELL_SIZE
         return torch.tensor([max(x[:, d]) for d in range(CELL_SIZE)]).double(), share, None
@@ -355,15 +353,11 @@ def test_more_landmarks_come_closer():
     q, k, v = queries_keys_values(60)
     k, q = 0.7 * k, 0.7 * q
     mask = torch.ones(2, 61, dtype=torch.bool)
-    errors = [
-        (landmark_attention(q, k, v, mask, m) - exact_attention(q, k, v)).norm().item() for m in (4, 59, 60)
-    ]
+    errors = [(landmark_attention(q, k, v, mask, m) - exact_attention(q, k, v)).norm().item() for m in (4, 59, 60)]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-10
 
 
 def test_pseudo_inverse():
-    matrix = torch.softmax(
-        torch.randn(2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), -1
-    )
+    matrix = torch.softmax(torch.randn(2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), -1)
     assert_close(pseudo_inverse(matrix, iterations=20), torch.linalg.pinv(matrix), atol=1e-8, rtol=1e-6)
