@@ -83,7 +83,7 @@ def history_figure(history: Sequence[Mapping[str, Any]], path: str | os.PathLike
         raise ValueError(f"no record of the history holds a value whose name ends in `loss`, only {names}")
     panels = [("Loss", losses)] + ([("Validation scores", scores)] if scores else [])
     with figure_file(path, 5.5 * len(panels), 4.2) as figure:
-        figure.suptitle(f"{title}: n = {len(history)} records")
+        figure.suptitle(f"{title}: {len(history)} validations")
         for ax, (panel, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             ax.set_title(panel)
             _draw_series(ax, history, time, series)

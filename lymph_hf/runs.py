@@ -13,6 +13,20 @@ from .files import write_json
 FREE_ON_RESUME = frozenset({"resume", "workers", "tracker", "cache_dir", "cpu"})
 
 
+# What a run writes before it trains.
+_BEFORE_TRAINING = frozenset(
+    {
+        "settings.json",
+        "split.json",
+        "cohort.json",
+        "logs",
+        "clinical-model",
+        "clinical-validation.csv",
+        "clinical-test.csv",
+    }
+)
+
+
 class RunError(RuntimeError):
     """The run folder cannot be used; the message says why and what to do."""
 
@@ -66,7 +80,10 @@ class Run:
             RunError: the folder holds something else, another process writes into it, or `resume` with settings
                 that differ from the run's.
         """
-        occupied = self.folder.exists() and any(path.name != ".lock" for path in self.folder.iterdir())
+        content = {path.name for path in self.folder.iterdir()} - {".lock"} if self.folder.exists() else set()
+        # A run that stopped before its first checkpoint, over a misspelt option say, holds nothing to lose.
+        abandoned = self.settings.exists() and content <= _BEFORE_TRAINING
+        occupied = bool(content) and not abandoned
         if occupied and not (resume and self.settings.exists()):
             advice = "use --resume to continue the run, or choose" if self.settings.exists() else "choose"
             raise RunError(f"{self.folder} is not empty: {advice} another --output.")
@@ -81,6 +98,7 @@ class Run:
         if occupied:
             self._compare(settings)
         else:
+            self.cohort.unlink(missing_ok=True)
             write_json(self.settings, settings)
         return lock
 

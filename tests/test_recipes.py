@@ -201,6 +201,14 @@ def test_an_occupied_folder_is_never_written_into(trained_run, tiny_options, tmp
     assert before == {path: path.stat().st_mtime_ns for path in trained_run.rglob("*") if path.name != ".lock"}
 
 
+def test_a_run_that_failed_before_training_can_be_called_again(cohort_folder, tiny_options, tmp_path):
+    """Nobody has to clear a folder because an option was misspelt."""
+    with pytest.raises(ValueError, match="pooling"):
+        recipes.train(*tiny_options(tmp_path / "run", pooling="gated"))
+    recipes.train(*tiny_options(tmp_path / "run", epochs=1))
+    assert json.loads((tmp_path / "run/settings.json").read_text())["pooling"] == "gated_attention"
+
+
 def test_a_run_keeps_its_settings_and_its_data(trained_run, tiny_options, cohort_folder, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "run")
     settings = json.loads((run / "settings.json").read_text())

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from figure_cases import remember_saved, texts
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -20,20 +21,7 @@ from lymph_hf.reporting import cohort_figure, evaluation_figure, gallery, histor
 
 @pytest.fixture
 def saved(monkeypatch):
-    """The figures that were saved, in order, to read their texts."""
-    figures, savefig = [], Figure.savefig
-
-    def remember(figure, *arguments, **options):
-        figures.append(figure)
-        return savefig(figure, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", remember)
-    return figures
-
-
-def texts(figure):
-    found = figure.findobj(Text)
-    return "\n".join(text.get_text() for text in found if text.get_visible())
+    return remember_saved(monkeypatch)
 
 
 def panel(figure, title):

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
-from matplotlib.text import Text
+from figure_cases import remember_saved, texts
 from prediction_cases import binary_cohort
 
 from lymph_hf.metrics import Bootstrap, Interval, bootstrap_intervals
@@ -21,18 +20,7 @@ QUICK = Bootstrap(resamples=30)
 
 @pytest.fixture
 def saved(monkeypatch):
-    figures, savefig = [], Figure.savefig
-
-    def remember(figure, *arguments, **options):
-        figures.append(figure)
-        return savefig(figure, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", remember)
-    return figures
-
-
-def texts(figure):
-    return "\n".join(text.get_text() for text in figure.findobj(Text) if text.get_visible())
+    return remember_saved(monkeypatch)
 
 
 def test_decision_curve_draws_every_model_and_both_simple_rules(tmp_path, saved):
