@@ -13,6 +13,7 @@ from .encoders import resolve_encoder
 from .fusion import FUSERS
 from .modeling_lymph import LymphMILForBagClassification, LymphMILModel
 from .modeling_mae import LymphMAEForPreTraining
+from .pipeline_lymph import LymphPatientPipeline
 from .pooling import POOLERS
 from .processing_lymph import ClinicalStandardizer, LymphImageProcessor
 from .version import __version__
@@ -38,6 +39,7 @@ __all__ = [
     "LymphMILConfig",
     "LymphMILForBagClassification",
     "LymphMILModel",
+    "LymphPatientPipeline",
     "__version__",
     "attach_adapter",
     "resolve_encoder",

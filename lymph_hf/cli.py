@@ -18,6 +18,7 @@ from transformers.hf_argparser import HfArgumentParser
 
 from . import options as o
 from . import options_pretrain as p
+from . import options_publish as op
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -101,9 +102,18 @@ COMMANDS = {
             "lymph predict runs/first --data challenge --output submission.csv --submission",
         ),
     ),
+    "publish": Command(
+        "publishing:publish",
+        (op.PublishOptions, op.CardOptions),
+        "check a finished run and publish it on the Hub",
+        (
+            "lymph publish runs/first --repo org/name --config card.yaml --dry-run",
+            "lymph publish runs/first --repo org/name --config card.yaml --private",
+        ),
+    ),
 }
 # The one option of a command that may be given without its flag.
-POSITIONAL = {"synth": "output", "cohort check": "data", "evaluate": "run", "predict": "run"}
+POSITIONAL = {"synth": "output", "cohort check": "data", "evaluate": "run", "predict": "run", "publish": "run"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

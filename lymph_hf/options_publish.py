@@ -1,0 +1,53 @@
+"""Options of `lymph publish`: where to, and what a run cannot know about its data."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .options import option
+
+
+@dataclass(kw_only=True)
+class PublishOptions:
+    """What is published, and where."""
+
+    _argument_group_name: ClassVar[str] = "publication"
+
+    run: str = option(..., "run folder with a finished model")
+    repo: str = option(..., "repository on the Hub, organisation/name")
+    dry_run: bool = option(False, "check and list everything that would be sent, and send nothing")
+    output: str | None = option(None, "folder in which to leave what is sent; an older one is replaced")
+    private: bool = option(False, "make the repository private; an existing public one is then refused")
+    tag: str = option("v1", "name of this version on the Hub, which the card's examples pin")
+    data: str | None = option(
+        None, "folder of the run's patients, or of those of its last evaluation: the stored predictions are reproduced"
+    )
+    reference_date: str | None = option(None, "as in training; by default the run's")
+    cache_dir: str | None = option(None, "where the Arrow copy of the images goes; by default the datasets cache")
+
+
+@dataclass(kw_only=True)
+class CardOptions:
+    """What the card says beyond the run's files; best kept in a file for --config."""
+
+    _argument_group_name: ClassVar[str] = "card"
+
+    training_data: str | None = option(
+        None, "who the training patients are: source, place, period, inclusion (required)"
+    )
+    evaluation_data: str | None = option(None, "the same of the evaluated patients (required once evaluated)")
+    reference_standard: str | None = option(None, "how the true labels were established (required)")
+    acquisition: str | None = option(None, "stain, analyser and export of the images (required)")
+    synthetic: bool = option(False, "the patients are painted: the card says so in its first line")
+    license: str = option("apache-2.0", "identifier of the licence of the weights")
+    datasets: list[str] | None = option(None, "data sets on the Hub that the model was trained on")
+    base_model: str | None = option(None, "model on the Hub whose weights the encoder started from; timm's is known")
+    prevalence: list[float] | None = option(
+        None, "shares of positive patients for which predictive values are given; by default 0.1, 0.18 and 0.5"
+    )
+    limitations: list[str] | None = option(None, "limitations beyond those that hold for every such model")
+    hardware: str | None = option(None, "what the model was trained on, such as '2 CPU cores'")
+    hours: float | None = option(None, "training time in hours, for the environmental cost")
+    watts: float | None = option(None, "mean power drawn in training, for the environmental cost")
+    carbon_intensity: float | None = option(None, "grams of CO2 equivalent per kWh where it was trained")
+    authors: str = option("The lymph-hf authors", "for the citation")
+    year: int = option(2026, "for the citation")
