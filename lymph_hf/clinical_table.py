@@ -101,9 +101,7 @@ class Schema:
         return tuple(name for name in names if name)
 
 
-def read_records(
-    path: Path, name: str, schema: Schema, reference: date
-) -> tuple[dict[str, Record], list[str]]:
+def read_records(path: Path, name: str, schema: Schema, reference: date) -> tuple[dict[str, Record], list[str]]:
     """Read and check one clinical table.
 
     Args:
@@ -152,9 +150,7 @@ def read_csv(path: Path, name: str, *, key: str) -> CsvTable:
     text = _decode(path, name)
     first = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
-    )
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     rows: dict[int, list[str]] = {}
     line = 1
     try:
@@ -196,11 +192,7 @@ def _header(cells: list[str], where: str, key: str) -> tuple[list[str], dict[str
     if key not in columns:
         # A file without header shows its first patient here, which must not be repeated in an error.
         looks_like_data = any(_NUMBER.fullmatch(cell) or _DATE_LIKE.search(cell) for cell in cells)
-        found = (
-            "the line looks like data"
-            if looks_like_data
-            else f"found {', '.join(map(repr, titles.values()))}"
-        )
+        found = "the line looks like data" if looks_like_data else f"found {', '.join(map(repr, titles.values()))}"
         raise CohortError(f"{where}: no column {key!r}; {found}; write a header line with this column")
     doubled = [column for column in titles if columns.count(column) > 1]
     if doubled:
@@ -211,9 +203,7 @@ def _header(cells: list[str], where: str, key: str) -> tuple[list[str], dict[str
 def _add_row(table: CsvTable, line: int, columns: list[str], cells: list[str]) -> None:
     if len(cells) < len(columns) or any(cells[len(columns) :]):
         hint = "; put a value with a decimal comma in quotes" if table.delimiter == "," else ""
-        table.problems.append(
-            f"line {line}: {len(cells)} values; expected {len(columns)} as in the header{hint}"
-        )
+        table.problems.append(f"line {line}: {len(cells)} values; expected {len(columns)} as in the header{hint}")
         return
     table.rows[line] = dict(zip(columns, cells, strict=False))
 
@@ -244,14 +234,10 @@ def check_age(years: float) -> float:
 def check_count(count: float) -> float:
     """0 is refused: in exports it stands for 'not measured' far more often than for no lymphocyte."""
     if count <= 0:
-        raise ValueError(
-            "expected a lymphocyte count above 0 in 10^9/L; leave it empty if it was not measured"
-        )
+        raise ValueError("expected a lymphocyte count above 0 in 10^9/L; leave it empty if it was not measured")
     if count > MAX_LYMPHOCYTE_COUNT:
         limit = f"{MAX_LYMPHOCYTE_COUNT:g}"
-        raise ValueError(
-            f"expected 10^9 cells per litre, at most {limit}; divide cells per microlitre by 1000"
-        )
+        raise ValueError(f"expected 10^9 cells per litre, at most {limit}; divide cells per microlitre by 1000")
     return count
 
 
@@ -343,15 +329,11 @@ def _patient_ids(table: CsvTable) -> dict[int, str]:
     for line, cells in table.rows.items():
         patient_id = cells[table.key]
         if is_missing(patient_id):
-            table.refuse(
-                line, table.key, "expected an identifier that is not empty and no word for a missing value"
-            )
+            table.refuse(line, table.key, "expected an identifier that is not empty and no word for a missing value")
         elif re.search(r"[/\\]|\.\.|^\.$", patient_id) or not patient_id.isprintable():
             table.refuse(line, table.key, "expected a plain folder name without '/', '\\' or '..'")
         elif patient_id in lines:
-            table.refuse(
-                line, table.key, f"already on line {lines[patient_id]}; expected one row per patient"
-            )
+            table.refuse(line, table.key, f"already on line {lines[patient_id]}; expected one row per patient")
         else:
             lines[patient_id] = line
     return {line: patient_id for patient_id, line in lines.items()}
@@ -362,9 +344,7 @@ def _refuse_labels_spelled_alike(table: CsvTable, column: str, labels: dict[int,
     for line, label in labels.items():
         first = spellings.setdefault("".join((label or "").casefold().split()), label)
         if first != label:
-            table.refuse(
-                line, column, f"differs from {first!r} only in case or spaces; spell each class one way"
-            )
+            table.refuse(line, column, f"differs from {first!r} only in case or spaces; spell each class one way")
 
 
 def _shown(text: str, *, private: bool = False) -> str:

@@ -125,15 +125,11 @@ class Cohort:
         known = {patient.patient_id: patient for patient in self.patients}
         unknown = [patient_id for patient_id in wanted if patient_id not in known]
         if unknown:
-            raise CohortError(
-                f"no such patient in the cohort: {first_names(unknown)}; it holds {len(known)} patients"
-            )
+            raise CohortError(f"no such patient in the cohort: {first_names(unknown)}; it holds {len(known)} patients")
         twice = [patient_id for patient_id, count in Counter(wanted).items() if count > 1]
         if twice:
             raise CohortError(f"patients selected more than once: {first_names(twice)}; name each once")
-        digests = {
-            patient_id: self.digests[patient_id] for patient_id in wanted if patient_id in self.digests
-        }
+        digests = {patient_id: self.digests[patient_id] for patient_id in wanted if patient_id in self.digests}
         return self.replace(patients=tuple(known[patient_id] for patient_id in wanted), digests=digests)
 
     def to_frame(self) -> pd.DataFrame:
@@ -173,13 +169,10 @@ def read_cohort(root: str | Path, *, reference_date: str | date = DEFAULT_REFERE
     if not patients:
         reasons = Counter(exclusion.reason for exclusion in exclusions)
         told = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-        raise CohortError(
-            f"{root}: no usable patient ({told}); a patient needs a table row and a folder of images"
-        )
+        raise CohortError(f"{root}: no usable patient ({told}); a patient needs a table row and a folder of images")
     warnings = layout.warnings + warnings
     warnings += [
-        f"patients {one!r} and {two!r}: {_SPELLED_ALIKE}; one person?"
-        for one, two in _spelled_alike(patients)
+        f"patients {one!r} and {two!r}: {_SPELLED_ALIKE}; one person?" for one, two in _spelled_alike(patients)
     ]
     return Cohort(root, layout.name, tuple(patients), tuple(exclusions), tuple(warnings))
 
@@ -190,9 +183,7 @@ def _as_date(value: str | date) -> date:
     try:
         return date.fromisoformat(value)
     except ValueError:
-        raise CohortError(
-            f"reference_date {value!r}: expected a day as YYYY-MM-DD, e.g. 2020-12-31"
-        ) from None
+        raise CohortError(f"reference_date {value!r}: expected a day as YYYY-MM-DD, e.g. 2020-12-31") from None
 
 
 def _match(
@@ -219,9 +210,7 @@ def _match(
         warnings.append(f"{len(rowless)} image folders without a row in the table: {first_names(rowless)}")
     if others:
         first = f"{others[0].parent.name}/{others[0].name}"
-        warnings.append(
-            f"{len(others)} entries of patient folders are no image files by their suffix ({first} ...)"
-        )
+        warnings.append(f"{len(others)} entries of patient folders are no image files by their suffix ({first} ...)")
     return patients, exclusions, warnings
 
 
@@ -242,9 +231,7 @@ class _Scanned:
     error: str | None = None
 
 
-def scan_images(
-    cohort: Cohort, *, workers: int | None = None, strict: bool = False, progress: bool = True
-) -> Cohort:
+def scan_images(cohort: Cohort, *, workers: int | None = None, strict: bool = False, progress: bool = True) -> Cohort:
     """Decode every image once and return the cohort without the bad ones, with ``digests`` filled.
 
     Each bad image becomes an exclusion with its reason; a patient left without images is excluded.
@@ -271,23 +258,15 @@ def scan_images(
         patients.append(dataclasses.replace(patient, images=good))
         digests[patient.patient_id] = tuple(scanned[path].digest for path in good)
     if not patients:
-        raise CohortError(
-            f"{cohort.root}: none of {len(paths)} images can be read; first: {exclusions[0].reason}"
-        )
+        raise CohortError(f"{cohort.root}: none of {len(paths)} images can be read; first: {exclusions[0].reason}")
     notes = Counter(note for result in scanned.values() for note in result.notes)
     warnings = [f"{note}: {count} images" for note, count in sorted(notes.items())]
-    result = cohort.replace(
-        patients=tuple(patients), exclusions=cohort.exclusions + tuple(exclusions), digests=digests
-    )
+    result = cohort.replace(patients=tuple(patients), exclusions=cohort.exclusions + tuple(exclusions), digests=digests)
     # A cohort scanned twice says everything once.
-    return result.replace(
-        warnings=tuple(dict.fromkeys([*cohort.warnings, *warnings, *_repeated_images(result)]))
-    )
+    return result.replace(warnings=tuple(dict.fromkeys([*cohort.warnings, *warnings, *_repeated_images(result)])))
 
 
-def _scan_all(
-    paths: list[Path], workers: int, strict: bool, progress: bool
-) -> Iterator[tuple[Path, _Scanned]]:
+def _scan_all(paths: list[Path], workers: int, strict: bool, progress: bool) -> Iterator[tuple[Path, _Scanned]]:
     pool = ThreadPoolExecutor(workers)
     try:
         results = zip(paths, pool.map(_scan_one, paths), strict=True)

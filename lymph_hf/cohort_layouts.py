@@ -67,9 +67,7 @@ def _recognise(root: Path) -> str:
 
 def _read_generic(root: Path) -> Layout:
     if not (root / "images").is_dir():
-        raise CohortError(
-            f"{root}: clinical.csv stands without a folder 'images'; expected images/<patient_id>/*.jpg"
-        )
+        raise CohortError(f"{root}: clinical.csv stands without a folder 'images'; expected images/<patient_id>/*.jpg")
     records, warnings = read_records(root / "clinical.csv", "clinical.csv", _GENERIC, date.max)
     folders = _patient_folders(root / "images", None, warnings)
     return Layout("generic", records, folders, warnings)
@@ -81,9 +79,7 @@ def _read_challenge(root: Path, reference: date) -> Layout:
     for part, (name, _) in _PARTS.items():
         found = _patient_folders(root / name, part, warnings)
         for patient_id in found.keys() & folders.keys():
-            raise CohortError(
-                f"patient {patient_id!r} has images in trainset and in testset; keep one folder"
-            )
+            raise CohortError(f"patient {patient_id!r} has images in trainset and in testset; keep one folder")
         folders |= found
     records: dict[str, Record] = {}
     for path, part in _challenge_tables(root):
@@ -118,11 +114,7 @@ def _challenge_tables(root: Path) -> list[tuple[Path, str | None]]:
     """Tables with the part whose patients they list (``None``: both); tables of a part come first."""
     tables: list[tuple[Path, str | None]] = []
     for part, (folder, expected) in _PARTS.items():
-        found = [
-            path
-            for path in listed(root / folder)
-            if path.suffix.lower() == ".csv" and path.name != _ANNOTATION
-        ]
+        found = [path for path in listed(root / folder) if path.suffix.lower() == ".csv" and path.name != _ANNOTATION]
         named = [path for path in found if path.name == expected] or found
         if len(named) > 1:
             names = ", ".join(path.name for path in named)
@@ -144,9 +136,7 @@ def _merged(first: Record, second: Record) -> Record:
         if one is not None and two is not None and one != two:
             # Ages come from dates of birth, which must not be repeated.
             told = "different dates of birth" if name == "age" else f"{name} {one!r} against {two!r}"
-            raise CohortError(
-                f"patient {first.patient_id!r}: {told} ({first.where}; {second.where}); correct one file"
-            )
+            raise CohortError(f"patient {first.patient_id!r}: {told} ({first.where}; {second.where}); correct one file")
         merged[name] = two if one is None else one
     return dataclasses.replace(first, **merged)
 
@@ -171,7 +161,5 @@ def _patient_folders(parent: Path, part: str | None, warnings: list[str]) -> dic
     entries = listed(parent)
     strays = [path.name for path in entries if is_image(path)]
     if strays:
-        warnings.append(
-            f"{parent.name}/: {len(strays)} images in no patient's folder are not used ({strays[0]} ...)"
-        )
+        warnings.append(f"{parent.name}/: {len(strays)} images in no patient's folder are not used ({strays[0]} ...)")
     return {path.name: Folder(path, part) for path in entries if path.is_dir()}

@@ -71,8 +71,5 @@ def _exclusion_lines(exclusions: Sequence["Exclusion"]) -> list[str]:
     for exclusion in exclusions:
         what = f"{exclusion.patient_id}/{exclusion.file}" if exclusion.file else exclusion.patient_id
         names[exclusion.reason].append(what)
-    shown = {
-        reason: found[:_NAMES_SHOWN] + ["..."] * (len(found) > _NAMES_SHOWN)
-        for reason, found in names.items()
-    }
+    shown = {reason: found[:_NAMES_SHOWN] + ["..."] * (len(found) > _NAMES_SHOWN) for reason, found in names.items()}
     return [f"  {reason}: {len(names[reason])} ({', '.join(shown[reason])})" for reason in sorted(names)]

@@ -20,9 +20,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 MIN_SIDE = 16  # pixels; below this a cell shows no nucleus and is most likely a thumbnail or an icon
-MAX_PIXELS = (
-    32_000_000  # a whole camera frame, not a cell; also bounds the memory of one decode to about 100 MB
-)
+MAX_PIXELS = 32_000_000  # a whole camera frame, not a cell; also bounds the memory of one decode to about 100 MB
 
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 _MODE_NOTES = {

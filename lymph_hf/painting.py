@@ -271,9 +271,7 @@ def _paint_white_cell(
         plane[window] = gaussian_filter(plane[window], smear.blur * size / FIELD, truncate=2.5)
 
 
-def _chromatin(
-    z: Array, inside: Array, radius: float, form: Morphology, size: int, rng: np.random.Generator
-) -> Array:
+def _chromatin(z: Array, inside: Array, radius: float, form: Morphology, size: int, rng: np.random.Generator) -> Array:
     """Optical density of the nucleus: blocks, fine grain, membrane, folds, nucleoli."""
     warp = 1.6 * (_texture(z.shape, 3.5, size, rng) + 1j * _texture(z.shape, 3.5, size, rng))
     density = 1 + rng.uniform(*form.clumping) * _blocks(z + warp, radius, rng)
@@ -289,9 +287,7 @@ def _chromatin(
     return rng.uniform(*form.darkness) * density.clip(0.15)
 
 
-def _cytoplasm(
-    z: Array, cell: Array, nucleus: Array, form: Morphology, size: int, rng: np.random.Generator
-) -> Array:
+def _cytoplasm(z: Array, cell: Array, nucleus: Array, form: Morphology, size: int, rng: np.random.Generator) -> Array:
     """Optical density of the cytoplasm: basophilic rim, pale zone beside the nucleus, vacuoles."""
     density = 1 + rng.uniform(*form.rim) * np.exp(-((cell - 1.0) ** 2) / 14)
     density += 0.16 * _texture(z.shape, 1.3, size, rng) + 0.12 * _texture(z.shape, 5.0, size, rng)
@@ -390,9 +386,7 @@ def _develop(stains: Array, smear: Smear, rng: np.random.Generator) -> Array:
     size = stains.shape[-1]
     plane = _plane(size) / np.float32(FIELD)
     light = 1 + np.float32(smear.shading[0]) * plane.real + np.float32(smear.shading[1]) * plane.imag
-    image = np.exp(np.einsum("khw,kc->chw", stains, -smear.stains)).transpose(
-        1, 2, 0
-    )  # einsum starts no threads
+    image = np.exp(np.einsum("khw,kc->chw", stains, -smear.stains)).transpose(1, 2, 0)  # einsum starts no threads
     image *= smear.background.astype(np.float32)
     image *= light[..., None]
     image += np.float32(smear.noise * 12**0.5) * (rng.random((size, size, 1), np.float32) - 0.5) + 0.5

@@ -45,9 +45,7 @@ class LabelModel:
 
     mixtures: tuple[CellMixture, ...]
     age: tuple[float, float]  # mean and standard deviation in years, truncated to `AGE_RANGE`
-    count: tuple[
-        tuple[float, float, float], ...
-    ]  # (weight, median, log-scale sd), truncated to `COUNT_RANGE`
+    count: tuple[tuple[float, float, float], ...]  # (weight, median, log-scale sd), truncated to `COUNT_RANGE`
 
 
 # Columns of the means: small_mature, reactive, large_granular, cll_like, prolymphocyte, cleaved, smudge.
@@ -62,9 +60,7 @@ LABELS: dict[str, LabelModel] = {
     ),
     "tumoral": LabelModel(
         mixtures=(
-            CellMixture(
-                "chronic_lymphocytic_leukaemia", 0.6, (0.24, 0.06, 0.05, 0.39, 0.08, 0.06, 0.12), 8.0
-            ),
+            CellMixture("chronic_lymphocytic_leukaemia", 0.6, (0.24, 0.06, 0.05, 0.39, 0.08, 0.06, 0.12), 8.0),
             CellMixture("lymphoma", 0.25, (0.26, 0.08, 0.06, 0.12, 0.09, 0.31, 0.08), 8.0),
             CellMixture("large_granular_leukaemia", 0.15, (0.26, 0.10, 0.38, 0.10, 0.04, 0.05, 0.07), 8.0),
         ),
@@ -101,14 +97,10 @@ class Patients:
         shares = self.cell_counts / self.cell_counts.sum(1, keepdims=True)
         scores = {"clinic": clinic, "images": images, "both": clinic + images}
         cell = _cell_auroc(shares[~self.tumoral].mean(0), shares[self.tumoral].mean(0))
-        return {"cell": cell} | {
-            name: float(roc_auc_score(self.tumoral, score)) for name, score in scores.items()
-        }
+        return {"cell": cell} | {name: float(roc_auc_score(self.tumoral, score)) for name, score in scores.items()}
 
 
-def draw_patients(
-    tumoral: Array, cells: tuple[int, int], missing: float, rng: np.random.Generator
-) -> Patients:
+def draw_patients(tumoral: Array, cells: tuple[int, int], missing: float, rng: np.random.Generator) -> Patients:
     """Draw one patient for each entry of the (N,) boolean `tumoral`.
 
     Args:

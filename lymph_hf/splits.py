@@ -69,9 +69,7 @@ class Split:
             SplitError: a field is missing or unknown.
         """
         if "train" not in values or not values.keys() <= {known.name for known in fields(cls)}:
-            raise SplitError(
-                f"no saved split: it has the fields {', '.join(values)}; expected train, validation, test"
-            )
+            raise SplitError(f"no saved split: it has the fields {', '.join(values)}; expected train, validation, test")
         return cls(**{name: tuple(value) if name in PARTS else value for name, value in values.items()})
 
     def save(self, path: str | Path) -> None:
@@ -84,9 +82,7 @@ class Split:
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-def make_split(
-    cohort: Cohort, *, validation_fraction: float = 0.2, test_fraction: float = 0.0, seed: int = 0
-) -> Split:
+def make_split(cohort: Cohort, *, validation_fraction: float = 0.2, test_fraction: float = 0.0, seed: int = 0) -> Split:
     """Draw a split of the labelled patients, stratified by label.
 
     Of every class, ``round(fraction * groups)`` groups of linked patients go to validation and to test, the
@@ -116,9 +112,7 @@ def make_split(
         for part in PARTS:
             for _ in range(counts[part]):
                 drawn[part] += groups[next(shuffled)]
-    source = (
-        f"make_split(validation_fraction={validation_fraction}, test_fraction={test_fraction}, seed={seed})"
-    )
+    source = f"make_split(validation_fraction={validation_fraction}, test_fraction={test_fraction}, seed={seed})"
     return Split(**{part: tuple(sorted(ids)) for part, ids in drawn.items()}, seed=seed, source=source)
 
 
@@ -220,23 +214,17 @@ def _check_against(split: Split, cohort: Cohort, name: str) -> None:
     part_of = {patient_id: part for part in PARTS for patient_id in getattr(split, part)}
     labels = {patient.patient_id: patient.label for patient in cohort.patients}
     _refuse_unknown(part_of, cohort, name)
-    unlabelled = [
-        patient_id for patient_id, part in part_of.items() if part != "test" and labels[patient_id] is None
-    ]
+    unlabelled = [patient_id for patient_id, part in part_of.items() if part != "test" and labels[patient_id] is None]
     if unlabelled:
         raise SplitError(
             f"{name}: patients without label in train or validation: {first_names(unlabelled)}; remove them"
         )
     _refuse_torn_groups(part_of, cohort, name)
     if len({labels[patient_id] for patient_id in split.train}) < 2:
-        raise SplitError(
-            f"{name}: train has {len(split.train)} patients of fewer than two classes; add the others"
-        )
+        raise SplitError(f"{name}: train has {len(split.train)} patients of fewer than two classes; add the others")
     left_out = [patient.patient_id for patient in cohort.labelled if patient.patient_id not in part_of]
     if left_out:
-        logger.warning(
-            "%s: %d labelled patients of the cohort are in no part and not used", name, len(left_out)
-        )
+        logger.warning("%s: %d labelled patients of the cohort are in no part and not used", name, len(left_out))
 
 
 def _refuse_torn_groups(part_of: dict[str, str], cohort: Cohort, name: str) -> None:
@@ -257,13 +245,9 @@ def _refuse_unknown(part_of: dict[str, str], cohort: Cohort, name: str) -> None:
     unknown = [patient_id for patient_id in part_of if patient_id not in known]
     if not unknown:
         return
-    reasons = {
-        exclusion.patient_id: exclusion.reason for exclusion in cohort.exclusions if not exclusion.file
-    }
+    reasons = {exclusion.patient_id: exclusion.reason for exclusion in cohort.exclusions if not exclusion.file}
     excluded = [f"{patient_id} ({reasons[patient_id]})" for patient_id in unknown if patient_id in reasons]
     missing = [patient_id for patient_id in unknown if patient_id not in reasons]
     told = [f"excluded from the cohort: {first_names(excluded)}"] if excluded else []
     told += [f"not in the cohort: {first_names(missing)}"] if missing else []
-    raise SplitError(
-        f"{name}: {'; '.join(told)}; correct the spelling, restore their images or take them off the list"
-    )
+    raise SplitError(f"{name}: {'; '.join(told)}; correct the spelling, restore their images or take them off the list")

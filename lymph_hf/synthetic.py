@@ -137,9 +137,7 @@ def write_synthetic_cohort(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
         draft = Path(beside) / out.name
-        folders = [
-            draft / parent / own for parent, own in zip(table["parent"], table["patient_id"], strict=True)
-        ]
+        folders = [draft / parent / own for parent, own in zip(table["parent"], table["patient_id"], strict=True)]
         jobs = zip(folders, types, picture_seed.spawn(patients), [image_size] * patients, strict=True)
         _paint_all(list(jobs), workers, progress)
         {"generic": _write_generic, "challenge": _write_challenge}[layout](draft, table)
@@ -180,16 +178,12 @@ def _earlier_result(out: Path, parameters: dict[str, Any]) -> dict[str, Any] | N
     wanted = {"generator": GENERATOR_VERSION, **parameters}
     if earlier != wanted:
         other = "; ".join(
-            f"{key} {earlier.get(key)!r}, not {value!r}"
-            for key, value in wanted.items()
-            if earlier.get(key) != value
+            f"{key} {earlier.get(key)!r}, not {value!r}" for key, value in wanted.items() if earlier.get(key) != value
         )
         raise FileExistsError(f"{out} holds another synthetic cohort ({other}): name a new folder.")
     found = sum(1 for _ in out.rglob("*.jpg"))
     if found != manifest["images"]:
-        raise FileExistsError(
-            f"{out} holds {found} of {manifest['images']} images: remove it and write it anew."
-        )
+        raise FileExistsError(f"{out} holds {found} of {manifest['images']} images: remove it and write it anew.")
     return manifest
 
 
@@ -239,9 +233,7 @@ def _write_challenge(root: Path, table: pd.DataFrame) -> None:
             "ID": table["patient_id"],
             "LABEL": table["label"].map({name: code for code, name in enumerate(LABELS)}).mask(test, -1),
             "GENDER": sex,
-            "DOB": [
-                _birth_date(age, dashes) for age, dashes in zip(table["age"], table["dashes"], strict=True)
-            ],
+            "DOB": [_birth_date(age, dashes) for age, dashes in zip(table["age"], table["dashes"], strict=True)],
             "LYMPH_COUNT": table["lymphocyte_count"],
         }
     )
@@ -303,11 +295,7 @@ def _paint_patient(job: _Job) -> int:
 
 def _paint_examples(size: int, rng: np.random.Generator) -> Image.Image:
     smears = [Smear.draw(rng) for _ in range(_EXAMPLES)]
-    images = [
-        Image.fromarray(paint_cell(cell_type, smear, rng, size))
-        for cell_type in CELL_TYPES
-        for smear in smears
-    ]
+    images = [Image.fromarray(paint_cell(cell_type, smear, rng, size)) for cell_type in CELL_TYPES for smear in smears]
     return contact_sheet(images, _EXAMPLES, row_names=tuple(CELL_TYPES))
 
 
@@ -317,8 +305,7 @@ def _manifest(parameters: dict[str, Any], drawn: Patients, table: pd.DataFrame) 
         "generator": GENERATOR_VERSION,
         "parameters": parameters,
         "cell_types": list(CELL_TYPES),
-        "population": {"tumoral_share": TUMORAL_SHARE}
-        | {name: asdict(model) for name, model in LABELS.items()},
+        "population": {"tumoral_share": TUMORAL_SHARE} | {name: asdict(model) for name, model in LABELS.items()},
         "patients": {name: int((table["label"] == name).sum()) for name in LABELS},
         "images": int(drawn.cell_counts.sum()),
         "best_auroc": best_auroc(tuple(parameters["cells"]), parameters["missing"]),

@@ -229,9 +229,7 @@ def run_test(
     else:
         model, _ = fit(PooledClassifier(pooling, hidden_size), train, steps, generator)
     model.eval()
-    return Outcome(
-        *(area_under_curve(model, TESTS[name](bags // 2, shifted, generator)) for shifted in (False, True))
-    )
+    return Outcome(*(area_under_curve(model, TESTS[name](bags // 2, shifted, generator)) for shifted in (False, True)))
 
 
 def fit(
@@ -268,9 +266,7 @@ def table(poolings: Sequence[str], **settings: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--poolings", nargs="+", choices=[*POOLERS, REFERENCE], default=[*POOLERS, REFERENCE], metavar="NAME",
         help="poolings to test (default: all)",
@@ -283,9 +279,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of bags, weights and batches (default: 0)")
     settings = vars(parser.parse_args())
     print(table(settings.pop("poolings"), **settings))
-    print(
-        "\nEach field: verdict (area under the ROC curve on bags as in training, with the shortcut reversed)."
-    )
+    print("\nEach field: verdict (area under the ROC curve on bags as in training, with the shortcut reversed).")
 
 
 if __name__ == "__main__":

@@ -41,9 +41,7 @@ def generic_cohort(root: Path, table: str, cells: Mapping[str, int] | None = Non
     """``clinical.csv`` as given and ``cells[patient]`` images each; without ``cells``, two per row."""
     write_table(root / "clinical.csv", table)
     if cells is None:
-        rows = list(csv.reader(io.StringIO(table), delimiter=";" if ";" in table.splitlines()[0] else ","))[
-            1:
-        ]
+        rows = list(csv.reader(io.StringIO(table), delimiter=";" if ";" in table.splitlines()[0] else ","))[1:]
         cells = {row[0].strip(): 2 for row in rows if row}
     seed = 0
     (root / "images").mkdir(exist_ok=True)
@@ -53,9 +51,7 @@ def generic_cohort(root: Path, table: str, cells: Mapping[str, int] | None = Non
     return root
 
 
-def challenge_cohort(
-    root: Path, *, train: Sequence[str] = (), test: Sequence[str] = (), **tables: str
-) -> Path:
+def challenge_cohort(root: Path, *, train: Sequence[str] = (), test: Sequence[str] = (), **tables: str) -> Path:
     """Image folders of both parts; tables by keyword: ``train_table``, ``test_table``, ``annotation``."""
     seed = 1000
     for folder, ids in (("trainset", train), ("testset", test)):
@@ -72,9 +68,7 @@ def challenge_cohort(
     return root
 
 
-def cohort_in_memory(
-    labels: Mapping[str, str | None], digests: Mapping[str, tuple[str, ...]] | None = None
-) -> Cohort:
+def cohort_in_memory(labels: Mapping[str, str | None], digests: Mapping[str, tuple[str, ...]] | None = None) -> Cohort:
     """A cohort without files, for everything that never opens an image."""
     patients = tuple(Patient(name, (Path(f"{name}.png"),), label) for name, label in labels.items())
     return Cohort(Path("memory"), "generic", patients, digests=digests or {})

@@ -27,9 +27,7 @@ POOLER_OPTIONS = {
     "perceiver": {**TRANSFORMER, "num_latents": 4},
 }
 # Every entry of POOLERS, and the branches that an option opens.
-POOLER_CASES: dict[str, tuple[str, dict]] = {
-    name: (name, POOLER_OPTIONS.get(name, {})) for name in POOLERS
-} | {
+POOLER_CASES: dict[str, tuple[str, dict]] = {name: (name, POOLER_OPTIONS.get(name, {})) for name in POOLERS} | {
     "instance_logits/sum": ("instance_logits", {"aggregation": "sum"}),
     "instance_logits/max": ("instance_logits", {"aggregation": "max"}),
     "instance_logits/log_sum_exp": ("instance_logits", {"aggregation": "log_sum_exp"}),
@@ -58,9 +56,7 @@ def make_fuser(case: str, pooler: Pooler, *, seed: int = 1) -> Fuser:
     return build_fuser(name, CELL_SIZE, pooler.output_size, NUM_CLINICAL, **options).double().eval()
 
 
-def make_batch(
-    sizes: Sequence[int], *, extra: int = 0, seed: int = 0, dtype=torch.float64
-) -> tuple[Tensor, Tensor]:
+def make_batch(sizes: Sequence[int], *, extra: int = 0, seed: int = 0, dtype=torch.float64) -> tuple[Tensor, Tensor]:
     """Gaussian cells `(B, N, CELL_SIZE)` with NaN as padding, and the mask; N = the largest bag + `extra`."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(max(sizes) + extra) < torch.tensor(list(sizes)).unsqueeze(1)

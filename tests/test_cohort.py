@@ -93,9 +93,7 @@ class TestGeneric:
         assert cohort.label_names == ("1", "2", "10")
 
     def test_columns_not_used_are_named_without_their_values(self, tmp_path):
-        cohort = read_rows(
-            tmp_path, "A,x,Doe,1950-02-03\n", header="patient_id,label,Surname,Date of birth\n"
-        )
+        cohort = read_rows(tmp_path, "A,x,Doe,1950-02-03\n", header="patient_id,label,Surname,Date of birth\n")
         assert cohort.warnings == ("clinical.csv: columns not used: Surname, Date of birth",)
         assert "Doe" not in repr(cohort)
 
@@ -211,9 +209,7 @@ class TestRefusedValues:
     )
     def test_file_line_patient_column_value_and_expectation_are_named(self, tmp_path, column, text, expected):
         row = {"patient_id": "B", "label": "x", "age": "1", "sex": "F", "lymphocyte_count": "1", column: text}
-        message = refused_rows(
-            tmp_path, "A,x,1,F,1\n" + ",".join(f'"{value}"' for value in row.values()) + "\n"
-        )
+        message = refused_rows(tmp_path, "A,x,1,F,1\n" + ",".join(f'"{value}"' for value in row.values()) + "\n")
         for part in (
             "clinical.csv",
             "line 3",
@@ -327,9 +323,7 @@ class TestFolders:
         assert repr(one) in cohort.warnings[0]
         assert repr(two) in cohort.warnings[0]
 
-    @pytest.mark.parametrize(
-        ("one", "two"), [("P10", "P1"), ("P100", "P1"), ("1-12", "11-2"), ("P1a", "P1b")]
-    )
+    @pytest.mark.parametrize(("one", "two"), [("P10", "P1"), ("P100", "P1"), ("1-12", "11-2"), ("P1a", "P1b")])
     def test_different_identifiers_are_not(self, tmp_path, one, two):
         assert read_cohort(generic_cohort(tmp_path, f"patient_id\n{one}\n{two}\n")).warnings == ()
 
@@ -337,15 +331,10 @@ class TestFolders:
 class TestChallenge:
     TRAIN = CHALLENGE + "P1,1,M,3/21/1950,30.5\nP2,0,f,21-03-1990,4.5\n"
     TEST = CHALLENGE + "P3,-1,F,12/31/1940,8\n"
-    ALL = (
-        ",ID,LABEL,GENDER,DOB,LYMPH_COUNT\n"
-        "0,P1,1,M,3/21/1950,30.5\n1,P2,0,F,3/21/1990,4.5\n2,P3,-1,F,31-12-1940,8\n"
-    )
+    ALL = ",ID,LABEL,GENDER,DOB,LYMPH_COUNT\n0,P1,1,M,3/21/1950,30.5\n1,P2,0,F,3/21/1990,4.5\n2,P3,-1,F,31-12-1940,8\n"
 
     def test_both_parts(self, tmp_path):
-        challenge_cohort(
-            tmp_path, train=["P1", "P2"], test=["P3"], train_table=self.TRAIN, test_table=self.TEST
-        )
+        challenge_cohort(tmp_path, train=["P1", "P2"], test=["P3"], train_table=self.TRAIN, test_table=self.TEST)
         cohort = read_cohort(tmp_path)
         assert cohort.layout == "challenge"
         assert [(patient.patient_id, patient.part) for patient in cohort.patients] == [
@@ -391,9 +380,7 @@ class TestChallenge:
         challenge_cohort(tmp_path, train=["P1", "P2"], test=["P3"], train_table=gap, annotation=self.ALL)
         cohort = read_cohort(tmp_path)
         assert values(cohort, "P1")[3] == 30.5
-        assert cohort.warnings == (
-            "clinical_annotation.csv: gives values that the other table lacks, for 1 patients",
-        )
+        assert cohort.warnings == ("clinical_annotation.csv: gives values that the other table lacks, for 1 patients",)
 
     @pytest.mark.parametrize(
         ("old", "new", "told"),
@@ -475,9 +462,7 @@ class TestDatesOfBirth:
         assert self.cohort_with(tmp_path, "12/31/1950").patients[0].age == 70.0
 
     def test_an_age_does_not_give_the_date_away(self, tmp_path):
-        ages = {
-            self.cohort_with(tmp_path / str(day), f"6/{day}/1950").patients[0].age for day in range(1, 15)
-        }
+        ages = {self.cohort_with(tmp_path / str(day), f"6/{day}/1950").patients[0].age for day in range(1, 15)}
         assert len(ages) <= 2
 
     @pytest.mark.parametrize(
@@ -633,9 +618,7 @@ class TestScan:
         cohort = self.cohort(tmp_path, A=3, B=3, C=1)
         for number in (0, 1):
             cohort.patients[1].images[number].write_bytes(cohort.patients[0].images[number].read_bytes())
-        cohort.patients[2].images[0].with_name("copy.png").write_bytes(
-            cohort.patients[2].images[0].read_bytes()
-        )
+        cohort.patients[2].images[0].with_name("copy.png").write_bytes(cohort.patients[2].images[0].read_bytes())
         scanned = self.scan(read_cohort(tmp_path))
         assert len(scanned.warnings) == 2
         assert "patients 'A' and 'B' share 2 images" in scanned.warnings[0]

@@ -67,9 +67,7 @@ def test_pooling_and_fusion_together(pooling, fusion):
         assert_close(weights.sum(dim=1), torch.ones(len(SIZES), dtype=weights.dtype))
 
     moved_x, moved_mask, order = shuffled(x, mask)
-    moved, moved_weights = forward(
-        moved_x.nan_to_num(-7.0), moved_mask, clinical
-    )  # order, content of padding
+    moved, moved_weights = forward(moved_x.nan_to_num(-7.0), moved_mask, clinical)  # order, content of padding
     assert_close(moved, fused)
     assert_close(moved_weights, weights.gather(1, order))
 

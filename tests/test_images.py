@@ -33,12 +33,7 @@ def deep_png_rgb() -> bytes:
 
     header = struct.pack(">IIBBBBB", 20, 20, 16, 2, 0, 0, 0)
     rows = (b"\0" + bytes(20 * 6)) * 20
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def deep_tiff_rgb() -> bytes:

@@ -16,11 +16,7 @@ PARTS = ("train", "validation", "test")
 
 
 def cohort_of(*sizes: int, unlabelled: int = 0) -> Cohort:
-    labels = {
-        f"{chr(97 + c)}{chr(97 + n % 26)}{n}": f"class{c}"
-        for c, size in enumerate(sizes)
-        for n in range(size)
-    }
+    labels = {f"{chr(97 + c)}{chr(97 + n % 26)}{n}": f"class{c}" for c, size in enumerate(sizes) for n in range(size)}
     return cohort_in_memory(labels | {f"none{n}": None for n in range(unlabelled)})
 
 
@@ -57,9 +53,7 @@ def assert_whole(cohort: Cohort, split: Split) -> None:
     placed = [patient_id for part in PARTS for patient_id in getattr(split, part)]
     assert sorted(placed) == sorted(patient.patient_id for patient in cohort.labelled)
     for group in linked_groups(cohort):
-        assert (
-            len({part for part in PARTS for patient_id in group if patient_id in getattr(split, part)}) <= 1
-        )
+        assert len({part for part in PARTS for patient_id in group if patient_id in getattr(split, part)}) <= 1
 
 
 class TestMakeSplit:
@@ -119,9 +113,7 @@ class TestMakeSplit:
             make_split(cohort_of(unlabelled=3))
 
     def test_a_class_missing_on_one_side(self):
-        with pytest.raises(
-            SplitError, match=r"class 'class1' has 2 patients.*none of it in validation.*0\.2"
-        ):
+        with pytest.raises(SplitError, match=r"class 'class1' has 2 patients.*none of it in validation.*0\.2"):
             make_split(cohort_of(30, 2))
         with pytest.raises(SplitError, match=r"class 'class1' has 1 patients.*none of it in train"):
             make_split(cohort_of(30, 1), validation_fraction=0.6)
@@ -157,9 +149,7 @@ class TestMakeFolds:
 
     def test_repeats_and_seeds_draw_other_folds(self):
         cohort = cohort_of(20, 20)
-        drawn = {
-            make_folds(cohort, 4, seed=seed, repeat=repeat)[0].test for seed in (0, 1) for repeat in (0, 1)
-        }
+        drawn = {make_folds(cohort, 4, seed=seed, repeat=repeat)[0].test for seed in (0, 1) for repeat in (0, 1)}
         assert len(drawn) == 4
 
     def test_more_folds_than_patients_of_a_class(self):
@@ -267,14 +257,10 @@ class TestReadSplit:
             self.read(tmp_path, "split.py", "train_index = [open('executed', 'w')]\n")
         assert not (tmp_path / "executed").exists()
 
-    @pytest.mark.parametrize(
-        ("name", "text"), [("s.json", '{"train": [7, 12]}'), ("s.yaml", "train: [007, 012]\n")]
-    )
+    @pytest.mark.parametrize(("name", "text"), [("s.json", '{"train": [7, 12]}'), ("s.yaml", "train: [007, 012]\n")])
     def test_numbers_stay_as_written(self, tmp_path, name, text):
         ids = ("7", "12") if name == "s.json" else ("007", "012")
-        assert (
-            self.read(tmp_path, name, text, cohort_in_memory(dict(zip(ids, "xy", strict=True)))).train == ids
-        )
+        assert self.read(tmp_path, name, text, cohort_in_memory(dict(zip(ids, "xy", strict=True)))).train == ids
 
     @pytest.mark.parametrize(
         ("name", "text", "told"),

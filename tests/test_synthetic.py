@@ -164,9 +164,7 @@ def test_cell_evidence_equals_the_polya_urn(population: Patients) -> None:
             total += probability
         return np.log(total)
 
-    expected = [
-        log_likelihood(c, "tumoral") - log_likelihood(c, "reactive") for c in population.cell_counts[:10]
-    ]
+    expected = [log_likelihood(c, "tumoral") - log_likelihood(c, "reactive") for c in population.cell_counts[:10]]
     np.testing.assert_allclose(population.cell_evidence()[:10], expected)
 
 
@@ -222,9 +220,7 @@ def test_generic_layout_is_complete(generic: Path) -> None:
     cells = pd.read_csv(generic / "cells.csv")
     assert set(cells["cell_type"]) <= set(CELL_TYPES)
     stated = {(row.patient_id, row.file) for row in cells.itertuples()}
-    assert stated == {
-        (patient.patient_id, image.name) for patient in cohort.patients for image in patient.images
-    }
+    assert stated == {(patient.patient_id, image.name) for patient in cohort.patients for image in patient.images}
     for patient in cohort.patients:
         assert 2 <= len(patient.images) <= 4
         with Image.open(patient.images[0]) as image:
@@ -274,9 +270,7 @@ def test_layouts_hold_the_same_patients(tmp_path: Path) -> None:
         assert patient.images[0].read_bytes() == other.images[0].read_bytes()
 
 
-@pytest.mark.skipif(
-    "fork" not in multiprocessing.get_all_start_methods(), reason="needs quickly started processes"
-)
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs quickly started processes")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_same_seed_same_bytes_whatever_the_workers(
     generic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
