@@ -1,7 +1,6 @@
 """Patients as `datasets` rows, and as batches for a model."""
 
 import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,15 +8,14 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 
 from .augment import Augmentation
 from .cohort import CLINICAL, Cohort, scan_images
 from .images import open_cell_image
 from .processing_lymph import LymphImageProcessor, pad_bags
+from .sampling import Key
 
 View = Literal["patients", "cells"]
-Key = tuple[int, int]
 
 
 class LymphBags(datasets.GeneratorBasedBuilder):
@@ -203,11 +201,6 @@ def label_names_of(rows: datasets.Dataset) -> list[str | None]:
     if not isinstance(feature, datasets.ClassLabel):
         return list(labels)
     return [None if label is None else feature.int2str(label) for label in labels]
-
-
-def decode_cells(encoded: Sequence[dict]) -> list[Image.Image]:
-    """RGB pictures of undecoded `images`, for figures."""
-    return [Image.open(io.BytesIO(image["bytes"])).convert("RGB") for image in encoded]
 
 
 def _encoded(path: Path) -> dict:

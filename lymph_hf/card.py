@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from .metrics import Interval
+from .metrics_decision import bayes
 from .options_publish import CardOptions
 from .reporting import scores_table
 from .runs import Run
@@ -130,13 +132,8 @@ def predictive_values(sensitivity: float, specificity: float, prevalence: float)
     >>> predictive_values(0.9, 0.8, 0.5)
     (0.8181818181818181, 0.888888888888889)
     """
-    true_positive, false_positive = sensitivity * prevalence, (1 - specificity) * (1 - prevalence)
-    true_negative, false_negative = specificity * (1 - prevalence), (1 - sensitivity) * prevalence
-    return _share(true_positive, false_positive), _share(true_negative, false_negative)
-
-
-def _share(part: float, rest: float) -> float:
-    return part / (part + rest) if part + rest > 0 else math.nan
+    values = bayes(np.float64(sensitivity), np.float64(specificity), prevalence)
+    return float(values["ppv"]), float(values["npv"])
 
 
 def _require(facts: CardOptions, *, evaluated: bool) -> None:

@@ -13,10 +13,11 @@ from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
 from .augment import Augmentation
-from .bags import Key, derived_seed
+from .bags import derived_seed
 from .clinical_table import CohortError
 from .images import open_cell_image
 from .processing_lymph import LymphImageProcessor
+from .sampling import Key
 
 Reader = Callable[[int], bytes]
 

@@ -94,6 +94,18 @@ def load_encoder_weights(encoder: nn.Module, source: str | Path, *, minimum_shar
     return report
 
 
+def load_first_weights(encoder: nn.Module, *sources: str | Path | None) -> None:
+    """Fill an encoder from the first source that is given, and log what was filled; without one it stays as it is.
+
+    Args:
+        encoder: from `build_encoder`.
+        sources: as in `load_encoder_weights`; `None` is passed over.
+    """
+    source = next(filter(None, sources), None)
+    if source is not None:
+        logger.info("%s", load_encoder_weights(encoder, source).summary())
+
+
 def read_tensors(path: Path) -> Tensors:
     """Named tensors of a weight file, or of the weight file (or its shards) in a folder.
 
@@ -247,4 +259,4 @@ def _first(names: Sequence[str], most: int = 4) -> str:
     return f"{listed} and {len(names) - most} more" if len(names) > most else listed
 
 
-__all__ = ["WeightReport", "load_encoder_weights", "read_tensors"]
+__all__ = ["WeightReport", "load_encoder_weights", "load_first_weights", "read_tensors"]

@@ -161,7 +161,7 @@ def predictive_values(
     def statistics(weights: Floats) -> dict[str, Floats]:
         sensitivity = ratio(weights @ (decided & positive), weights @ positive)
         specificity = ratio(weights @ ~(decided | positive), weights @ ~positive)
-        return _bayes(sensitivity, specificity, prevalence)
+        return bayes(sensitivity, specificity, prevalence)
 
     found = bootstrap.intervals(statistics, len(positive))
     for name, interval in found.items():
@@ -170,7 +170,8 @@ def predictive_values(
     return found
 
 
-def _bayes(sensitivity: Floats, specificity: Floats, prevalence: float) -> dict[str, Floats]:
+def bayes(sensitivity: Floats, specificity: Floats, prevalence: float) -> dict[str, Floats]:
+    """`ppv` and `npv` by Bayes' rule; NaN where no patient would get that answer."""
     true_positive, false_positive = sensitivity * prevalence, (1 - specificity) * (1 - prevalence)
     true_negative, false_negative = specificity * (1 - prevalence), (1 - sensitivity) * prevalence
     return {
@@ -185,7 +186,7 @@ def _logit_interval(name: str, interval: Interval, positive: Bools, decided: Boo
     positives, negatives = positive.sum() + z**2, (~positive).sum() + z**2
     sensitivity = ((decided & positive).sum() + z**2 / 2) / positives
     specificity = ((~(decided | positive)).sum() + z**2 / 2) / negatives
-    centre = logit(_bayes(sensitivity, specificity, prevalence)[name])
+    centre = logit(bayes(sensitivity, specificity, prevalence)[name])
     if name == "ppv":
         variance = (1 - sensitivity) / sensitivity / positives + specificity / (1 - specificity) / negatives
     else:

@@ -19,7 +19,7 @@ from .augment import Augmentation
 from .cells import CellDataset, hold_out
 from .configuration_lymph import LymphMILConfig
 from .configuration_mae import LymphMAEConfig
-from .encoder_weights import load_encoder_weights
+from .encoder_weights import load_first_weights
 from .encoders import build_encoder, embedding_size, encoder_data_config, resolve_encoder
 from .files import write_json, writing_folder
 from .modeling_mae import LymphMAEForPreTraining
@@ -173,9 +173,7 @@ def new_model(
             **shared, label_smoothing=options.label_smoothing, id2label=dict(enumerate(type_names)), label2id=numbers
         )
         model = CellTypeClassifier(config)
-    weights = options.encoder_weights or choice.weights
-    if weights is not None:
-        logger.info("%s", load_encoder_weights(model.encoder, weights).summary())
+    load_first_weights(model.encoder, options.encoder_weights, choice.weights)
     return model, LymphImageProcessor.from_config(config)
 
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .cell_sources import read_cells
 from .cells import CellDataset, Cells
 from .configuration_lymph import LymphMILConfig
-from .encoder_weights import load_encoder_weights
+from .encoder_weights import load_first_weights
 from .encoders import build_encoder, resolve_encoder
 from .files import write_json
 from .images import open_cell_image
@@ -75,9 +75,7 @@ def probe(options: ProbeOptions) -> dict[str, Any]:
         image_size=options.image_size,
     )
     encoder = build_encoder(config)
-    weights = options.encoder_weights or choice.weights
-    if weights is not None:
-        logger.info("%s", load_encoder_weights(encoder, weights).summary())
+    load_first_weights(encoder, options.encoder_weights, choice.weights)
     dataset = CellDataset(cells, LymphImageProcessor.from_config(config))
     encoder = encoder.to(accelerator.device).eval()
     embeddings = embed_cells(encoder, dataset, accelerator, batch_size=options.batch_size, workers=options.workers)

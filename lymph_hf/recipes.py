@@ -20,7 +20,7 @@ from .clinical import ClinicalSettings
 from .clinical_baseline import Baseline, clinical_baseline
 from .cohort import CLINICAL, Cohort, read_cohort, scan_images
 from .configuration_lymph import LymphMILConfig
-from .encoder_weights import load_encoder_weights
+from .encoder_weights import load_first_weights
 from .encoders import resolve_encoder
 from .evaluation import evaluation_patients, patient_table, score_report, write_evaluation
 from .files import write_json, writing_folder
@@ -354,9 +354,7 @@ def _new_model(
         label2id=numbers,
     )
     model = LymphMILForBagClassification(config)
-    weights = options.encoder_weights or encoder.weights
-    if weights is not None:
-        logger.info("%s", load_encoder_weights(model.model.encoder, weights).summary())
+    load_first_weights(model.model.encoder, options.encoder_weights, encoder.weights)
     if options.freeze_encoder:
         model.model.encoder.requires_grad_(False)
     if options.adapter is not None:

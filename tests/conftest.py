@@ -63,3 +63,21 @@ def trained_run(tiny_options, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     recipes.train(*tiny_options(folder, tracker="tensorboard"))
     return folder
+
+
+@pytest.fixture
+def hub():
+    """The local Hub, emptied."""
+    from hub_server import running_hub  # starts a server: only for those who ask
+
+    hub = running_hub()
+    hub.forget()
+    return hub
+
+
+@pytest.fixture
+def client(hub):
+    """The real client, in a process of its own that speaks to the local Hub."""
+    from hub_server import running_client
+
+    return running_client()

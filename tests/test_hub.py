@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import client_environment, running_client, running_hub
+from hub_server import client_environment
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -26,18 +26,6 @@ from lymph_hf.publishing import export_with_code
 
 WRITER = "hf_writer"
 WEIGHTS = bytes(range(256)) * 800
-
-
-@pytest.fixture
-def hub():
-    hub = running_hub()
-    hub.forget()
-    return hub
-
-
-@pytest.fixture
-def client(hub):
-    return running_client()
 
 
 # The server itself: what it accepts and refuses, as seen by the real client -----------------------------------

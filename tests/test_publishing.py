@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub_server import running_client, running_hub
 from huggingface_hub import ModelCard
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
@@ -36,18 +35,6 @@ FACTS = CardOptions(
     synthetic=True,
 )
 WRITER = "hf_writer"
-
-
-@pytest.fixture
-def hub():
-    hub = running_hub()
-    hub.forget()
-    return hub
-
-
-@pytest.fixture
-def client(hub):
-    return running_client()
 
 
 @pytest.fixture(scope="module")
