@@ -111,11 +111,34 @@ def cohort_fingerprint(cohort: Cohort) -> str:
     return digest.hexdigest()[:32]
 
 
-class BagDataset(torch.utils.data.Dataset):
-    """Patients as inputs of a model: decoded, sampled, augmented and normalised on access.
+class SampledBags(torch.utils.data.Dataset):
+    """What decides about the cells that an access by `(epoch, index)` shows: `(seed, epoch, index)` alone.
 
-    What is random is decided by `(seed, epoch, index)` alone. It therefore does not depend on the number of workers
-    or on what was read before, and a resumed run sees the pictures it would have seen.
+    It therefore does not depend on the number of workers or on what was read before, and a resumed run sees the cells
+    it would have seen.
+
+    Args:
+        max_cells: keep a random sample of at most this many cells; `None` keeps all.
+        seed: of everything random.
+    """
+
+    def __init__(self, max_cells: int | None, seed: int):
+        if max_cells is not None and max_cells < 1:
+            raise ValueError(f"max_cells={max_cells}: expected at least 1, or None for all cells.")
+        self.max_cells = max_cells
+        self.seed = seed
+
+    def sampled_cells(self, key: Key | int, cells: int) -> list[int]:
+        """Which of a patient's `cells` images an access shows, in their order."""
+        return sample_cells(cells, self.max_cells, self._generator(key))
+
+    def _generator(self, key: Key | int) -> torch.Generator:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        return torch.Generator().manual_seed(derived_seed(self.seed, epoch, index))
+
+
+class BagDataset(SampledBags):
+    """Patients as inputs of a model: decoded, sampled, augmented and normalised on access.
 
     Args:
         rows: the `"patients"` view; a key's index is the row.
@@ -136,57 +159,67 @@ class BagDataset(torch.utils.data.Dataset):
         augmentation: Augmentation | None = None,
         seed: int = 0,
     ):
-        if max_cells is not None and max_cells < 1:
-            raise ValueError(f"max_cells={max_cells}: expected at least 1, or None for all cells.")
+        super().__init__(max_cells, seed)
         self.rows = rows.with_format("arrow")  # plain bytes: only the cells that are used get decoded
         self.processor = processor
         self.standardizer = processor.standardizer
         self.label_ids = None if label2id is None else [label2id[name] for name in label_names_of(rows)]
-        self.max_cells = max_cells
         self.augmentation = augmentation
-        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, key: Key | int) -> dict[str, Any]:
         """`(epoch, index)`, or an index alone (epoch 0) -> `pixel_values` (N, 3, H, W), `clinical` (F,), `labels`."""
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        index = key[1] if isinstance(key, tuple) else key
         row = self.rows[index].to_pylist()[0]
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch, index))
-        encoded = self._sample(row["images"], generator)
-        cells = self.processor.stack([open_cell_image(image["bytes"]).image for image in encoded])
-        if self.augmentation is not None:
-            cells = self.augmentation(cells, generator)
-        item = {"pixel_values": self.processor.normalize_cells(cells)}
+        generator = self._generator(key)
+        images = row["images"]
+        # Sampled before decoding, so cells that are not used cost nothing.
+        encoded = [images[i]["bytes"] for i in sample_cells(len(images), self.max_cells, generator)]
+        item = {"pixel_values": cell_pixels(encoded, self.processor, self.augmentation, generator)}
         if self.standardizer.features:
             item["clinical"] = self.standardizer.transform([{name: row[name] for name in CLINICAL}])[0]
         if self.label_ids is not None:
             item["labels"] = self.label_ids[index]
         return item
 
-    def _sample(self, images: list, generator: torch.Generator) -> list:
-        """Sampled before decoding, so cells that are not used cost nothing."""
-        if self.max_cells is None or len(images) <= self.max_cells:
-            return images
-        chosen = torch.randperm(len(images), generator=generator)[: self.max_cells]
-        return [images[i] for i in chosen.sort().values.tolist()]
+
+def sample_cells(cells: int, max_cells: int | None, generator: torch.Generator) -> list[int]:
+    """Rising indices of a random sample of at most `max_cells` of a patient's cells; `None` = all of them."""
+    if max_cells is None or cells <= max_cells:
+        return list(range(cells))
+    return torch.randperm(cells, generator=generator)[:max_cells].sort().values.tolist()
+
+
+def cell_pixels(
+    encoded: Sequence[bytes],
+    processor: LymphImageProcessor,
+    augmentation: Augmentation | None,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Image files of one patient -> (N, 3, H, W), in a random view if an augmentation is given, and normalised."""
+    cells = processor.stack([open_cell_image(image).image for image in encoded])
+    return processor.normalize_cells(cells if augmentation is None else augmentation(cells, generator))
 
 
 def collate_bags(items: Sequence[dict[str, Any]], *, packed: bool = True) -> dict[str, torch.Tensor]:
-    """Items of a `BagDataset` -> inputs of a model.
+    """Items of a `BagDataset` or a `FeatureBags` -> inputs of a model.
 
     Args:
         items: one per patient.
         packed: cells in a row, `pixel_values` (T, 3, H, W) with `bag_offsets` (B + 1,), which holds no padding;
-            else `pixel_values` (B, N, 3, H, W) with `bag_mask` (B, N).
+            else `pixel_values` (B, N, 3, H, W) with `bag_mask` (B, N). Features are small: they always come padded,
+            `cell_embeddings` (B, N, D) with `bag_mask`.
     """
-    sizes = [len(item["pixel_values"]) for item in items]
-    cells = torch.cat([item["pixel_values"] for item in items])
-    if packed:
-        batch = {"pixel_values": cells, "bag_offsets": torch.tensor([0, *sizes]).cumsum(0)}
+    name = "cell_embeddings" if "cell_embeddings" in items[0] else "pixel_values"
+    sizes = [len(item[name]) for item in items]
+    cells = torch.cat([item[name] for item in items])
+    if packed and name == "pixel_values":
+        batch = {name: cells, "bag_offsets": torch.tensor([0, *sizes]).cumsum(0)}
     else:
-        batch = pad_bags(cells, sizes)
+        padded = pad_bags(cells, sizes)
+        batch = {name: padded["pixel_values"], "bag_mask": padded["bag_mask"]}
     if "clinical" in items[0]:
         batch["clinical"] = torch.stack([item["clinical"] for item in items])
     if "labels" in items[0]:
