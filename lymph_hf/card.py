@@ -5,19 +5,17 @@ Every statement is a value of the run or a fact that was given; what is missing 
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import timm
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
+from .card_patterns import ADAPTER_CARD, BASE_CARD, MODEL_CARD, CardError, filled_card
 from .metrics import Interval
 from .metrics_decision import bayes
 from .options_publish import CardOptions
@@ -27,23 +25,6 @@ from .runs import Run
 PREVALENCES = (0.1, 0.18, 0.5)  # 18 %: share of tumours among the lymphocytoses of one laboratory
 TAGS = ("medical", "haematology", "blood-smear", "multiple-instance-learning", "lymphocytosis", "lymph-hf", "timm")
 FIGURES = {"metrics": "evaluation.png", "validation": "validation.png"}
-SECTIONS = (
-    "Intended use",
-    "Out-of-scope use",
-    "Training data",
-    "Reference standard",
-    "Evaluation",
-    "Decision threshold",
-    "Prevalence",
-    "Calibration",
-    "Subgroups",
-    "Limitations",
-    "How to use",
-    "Training procedure",
-    "Environmental cost",
-    "Privacy",
-    "Citation",
-)
 _EXAMPLE = {"age": 71, "sex": "F", "lymphocyte_count": 14.2}
 _FEATURES = {"age": "age in years", "sex": "sex", "lymphocyte_count": "lymphocyte count in 10⁹/L"}
 # Names under which the Hub knows the scores.
@@ -54,6 +35,8 @@ _HUB_METRICS = {
     "brier": "brier_score",
 }
 _PROCEDURE = (
+    "folds",
+    "repeats",
     "epochs",
     "batch_size",
     "max_cells",
@@ -69,17 +52,12 @@ _PROCEDURE = (
     "mixed_precision",
     "seed",
 )
-_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{%|\[More Information Needed\]|\b(TODO|TBD|NaN|nan)\b|[|(] *None *[|)]")
 _LIMITATIONS = (
     "Another stain, analyser or compression can change its answers without a warning: score it on your own patients.",
     "It can learn what patients of a class share by accident, such as the number of images or the day of staining.",
     "Clinical values alone can separate many patients: compare with a model of the clinical values only.",
     "The weight of a cell says how the answer was computed, not why the patient is ill.",
 )
-
-
-class CardError(ValueError):
-    """The card would be incomplete; the message says what is missing and which option gives it."""
 
 
 def model_card(run: Run, facts: CardOptions, *, repo: str, tag: str) -> ModelCard:
@@ -96,34 +74,37 @@ def model_card(run: Run, facts: CardOptions, *, repo: str, tag: str) -> ModelCar
     """
     evaluations = _evaluations(run)
     _require(facts, evaluated="metrics" in evaluations)
-    config = _read(run.model / "config.json")
+    config = _configuration(run)
     content = _content(run, facts, config, evaluations) | {"repo": repo, "tag": tag, "name": repo.split("/")[-1]}
     content["metadata"] = _metadata(run, facts, config, evaluations, repo).to_yaml()
-    template = Path(__file__).with_name("model_card_template.md").read_text(encoding="utf-8")
-    # Strict, unlike ModelCard.from_template: a misspelt name must not become a blank.
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    card = ModelCard(environment.from_string(template).render(content))
-    if problems := card_problems(str(card)):
-        raise CardError(f"{run.folder}: its card would be incomplete: {'; '.join(problems)}.")
-    return card
+    pattern = MODEL_CARD if content["adapter"] is None else ADAPTER_CARD
+    return ModelCard(filled_card("model", content, pattern, run.folder))
 
 
-def card_problems(text: str) -> list[str]:
-    """What is missing in a card: sections, metadata, or words that a template left behind."""
-    try:
-        card = ModelCard(text)
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        return [f"the metadata cannot be read ({error})"]
-    headings = set(re.findall(r"^## (.+)$", card.text, flags=re.MULTILINE))
-    problems = [f"no section {section!r}" for section in SECTIONS if section not in headings]
-    metadata = card.data.to_dict()
-    required = ("license", "library_name", "pipeline_tag", "tags", "model-index")
-    problems += [f"no {key!r} in the metadata" for key in required if not metadata.get(key)]
-    if "not a medical device" not in card.text:
-        problems.append("it does not say that this is not a medical device")
-    prose = re.sub(r"```.*?```", "", card.text, flags=re.DOTALL)
-    problems += [f"left behind: {found.group()!r}" for found in _PLACEHOLDER.finditer(prose)]
-    return problems
+def base_card(run: Run, facts: CardOptions, *, adapter: str, tag: str) -> str:
+    """The card of the frozen model that an adapter goes with.
+
+    Args:
+        run: that trained the adapter.
+        facts: of the adapter; `base_model` is where the base will be published.
+        adapter: where the adapter will be published.
+        tag: the version.
+    """
+    settings = _read(run.settings)
+    metadata = ModelCardData(
+        license=facts.license, library_name="transformers", tags=list(TAGS), base_model=encoder_source(settings)
+    )
+    content = {
+        "card": facts,
+        "name": facts.base_model.split("/")[-1],
+        "adapter": adapter,
+        "tag": tag,
+        "config": _read(run.model / "config.json"),
+        "encoder_start": _encoder_start(settings),
+        "parameters": count_parameters(run.model / "model.safetensors"),
+        "metadata": metadata.to_yaml(),
+    }
+    return filled_card("base", content, BASE_CARD, run.folder)
 
 
 def predictive_values(sensitivity: float, specificity: float, prevalence: float) -> tuple[float, float]:
@@ -136,12 +117,20 @@ def predictive_values(sensitivity: float, specificity: float, prevalence: float)
     return float(values["ppv"]), float(values["npv"])
 
 
-def _require(facts: CardOptions, *, evaluated: bool) -> None:
-    needed = ["training_data", "reference_standard", "acquisition"] + ["evaluation_data"] * evaluated
+def require(facts: CardOptions, needed: Sequence[str]) -> None:
+    """Ask for facts that only the publisher knows.
+
+    Raises:
+        CardError: some are missing; the message names their options.
+    """
     missing = [name for name in needed if not (getattr(facts, name) or "").strip()]
     if missing:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
         raise CardError(f"The card needs {flags}: give them in words, on the command line or in a --config file.")
+
+
+def _require(facts: CardOptions, *, evaluated: bool) -> None:
+    require(facts, ["training_data", "reference_standard", "acquisition"] + ["evaluation_data"] * evaluated)
     shares = facts.prevalence or ()
     if not all(0 < share < 1 for share in shares):
         raise CardError(f"--prevalence {' '.join(map(str, shares))}: expected shares between 0 and 1, such as 0.18.")
@@ -158,11 +147,12 @@ def _evaluations(run: Run) -> dict[str, dict[str, Any]]:
     if not reports:
         raise CardError(f"{run.folder} holds no scores: run lymph evaluate on labelled patients first.")
     for report in reports.values():
-        report["intervals"] = {name: _interval(values) for name, values in report["scores"].items()}
+        report["intervals"] = {name: read_interval(values) for name, values in report["scores"].items()}
     return reports
 
 
-def _interval(stored: Mapping[str, float | None]) -> Interval:
+def read_interval(stored: Mapping[str, float | None]) -> Interval:
+    """An interval from JSON, which has no NaN."""
     return Interval(**{name: math.nan if value is None else value for name, value in stored.items()})
 
 
@@ -181,23 +171,37 @@ def _content(run: Run, facts: CardOptions, config: dict[str, Any], evaluations: 
         "features": [_FEATURES.get(name, name) for name in features],
         "example": json.dumps({name: _EXAMPLE[name] for name in features}),
         "image_size": f"{size['height']} x {size['width']}",
-        "parameters": _parameters(run.model),
+        "adapter": settings.get("adapter"),
+        "parameters": count_parameters(*sorted(run.model.glob("*.safetensors"))),
         "encoder_start": _encoder_start(settings),
         "patients": {part: count for part, count in cohort["patients"].items() if count},
         "exclusions": dict(sorted(exclusions.items())),
         "exclusions_total": exclusions.total(),
         "evaluations": [_evaluation(run, stem, report, facts) for stem, report in evaluations.items()],
         "threshold": config["decision_threshold"] if len(labels) == 2 else None,
-        "threshold_source": _threshold_source(settings, cohort),
+        "threshold_source": _threshold_source(settings, cohort, config),
         "predictive_values": _predictive_rows(evaluations[main], facts, labels),
         "predictive_source": _title(main).lower(),
-        "calibration": _calibration(evaluations[main], main),
+        "calibration": f"{_scaling(config)} {_calibration(evaluations[main], main)}",
+        "referral": _referral(config, evaluations[main]["intervals"]),
         "subgroups": _subgroups(evaluations[main], labels),
         "limitations": _limitations(evaluations, facts),
         "procedure": _procedure(settings, config),
-        "environment": _environment(facts),
-        "citation": _citation(facts),
+        "environment": environment(facts),
+        "citation": citation(facts),
     }
+
+
+def _configuration(run: Run) -> dict[str, Any]:
+    """The settings of the model; of an ensemble with what its members are made of."""
+    config = _read(run.model / "config.json")
+    if members := config.get("members"):
+        config |= {n: ", ".join(sorted({member[n] for member in members})) for n in ("encoder", "pooling", "fusion")}
+    return config
+
+
+def _fitted_on(config: Mapping[str, Any]) -> str:
+    return "out-of-fold predictions of all patients" if config.get("members") else "validation patients"
 
 
 def _labels(config: Mapping[str, Any]) -> list[str]:
@@ -205,9 +209,10 @@ def _labels(config: Mapping[str, Any]) -> list[str]:
     return [names[str(i)] for i in range(len(names))]
 
 
-def _parameters(folder: Path) -> int:
+def count_parameters(*paths: Path) -> int:
+    """Numbers in files of safetensors."""
     total = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in paths:
         with safe_open(path, framework="np") as weights:
             total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     return total
@@ -215,11 +220,11 @@ def _parameters(folder: Path) -> int:
 
 def _encoder_start(settings: Mapping[str, Any]) -> str:
     if settings["encoder_weights"] is None:
-        return "trained from random weights"
-    return f"started from {_base_model(settings) or 'weights of the publisher'}"
+        return "random weights" if settings.get("adapter") else "trained from random weights"
+    return f"started from {encoder_source(settings) or 'weights of the publisher'}"
 
 
-def _base_model(settings: Mapping[str, Any]) -> str | None:
+def encoder_source(settings: Mapping[str, Any]) -> str | None:
     """Hub id of the weights that the encoder started from, where the run tells it."""
     source = settings["encoder_weights"] or ""
     if source == "timm":
@@ -250,12 +255,12 @@ def _is_number(interval: Interval) -> bool:
     return not math.isnan(interval.value)
 
 
-def _threshold_source(settings: Mapping[str, Any], cohort: Mapping[str, Any]) -> str:
+def _threshold_source(settings: Mapping[str, Any], cohort: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if settings["threshold"] is not None:
         return "was set by hand before training"
-    if not cohort["patients"].get("validation"):
+    if not (cohort["patients"].get("validation") or config.get("members")):
         return "the default, as there were no validation patients"
-    return "the one with the best balanced accuracy on the validation patients"
+    return f"the one with the best balanced accuracy on the {_fitted_on(config)}"
 
 
 def _predictive_rows(report: Mapping[str, Any], facts: CardOptions, labels: Sequence[str]) -> list[dict[str, str]]:
@@ -293,6 +298,28 @@ def _calibration(report: Mapping[str, Any], stem: str) -> str:
     )
 
 
+def _scaling(config: Mapping[str, Any]) -> str:
+    names = {"platt": "Platt scaling", "temperature": "temperature scaling"}
+    if config.get("calibration") is None:
+        return "The probabilities are the network's own, not scaled."
+    method = names[config["calibration"]["method"]]
+    return f"The probabilities went through {method}, fitted on the {_fitted_on(config)}."
+
+
+def _referral(config: Mapping[str, Any], intervals: Mapping[str, Interval]) -> str:
+    """What the prediction sets promise, and what they did on the scored patients."""
+    conformal = config.get("conformal")
+    if conformal is None:
+        return "No prediction sets were fitted: the model answers for every patient, however unsure it is."
+    names = {"coverage": "sets that held the label", "referred": "referred", "accuracy_decided": "right when decided"}
+    found = {text: intervals.get(name) for name, text in names.items()}
+    seen = "; ".join(f"{text} {_with_bounds(value)}" for text, value in found.items() if value and _is_number(value))
+    return (
+        f"Conformal prediction sets with a coverage of {conformal['coverage']:.0%} per label: a patient whose set holds "
+        f"one label gets that answer, any other is to be referred to flow cytometry. Scored patients: {seen or 'no score'}."
+    )
+
+
 def _with_bounds(interval: Interval) -> str:
     return str(interval).replace("undefined", "interval not estimable")
 
@@ -304,7 +331,7 @@ def _subgroups(report: Mapping[str, Any], labels: Sequence[str]) -> str:
     columns = ("auroc", "sensitivity", "specificity")
     lines = [f"| variable | group | patients | {labels[-1]} | {' | '.join(columns)} |", "|---" * 7 + "|"]
     for group in groups:
-        scores = {name: _interval(values) for name, values in group["scores"].items()}
+        scores = {name: read_interval(values) for name, values in group["scores"].items()}
         cells = [_with_bounds(scores[name]) if _is_number(scores[name]) else "not estimable" for name in columns]
         start = [group["variable"], group["group"], str(group["n"]), str(group["positives"])]
         lines.append(f"| {' | '.join([*start, *cells])} |")
@@ -340,7 +367,8 @@ def _plain(value: Any) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
-def _environment(facts: CardOptions) -> str:
+def environment(facts: CardOptions) -> str:
+    """What is known of the energy of a training, in words."""
     if facts.hours is None or facts.watts is None:
         return (
             "The energy of this training was not metered. An estimate is hours of training times mean power: "
@@ -354,7 +382,8 @@ def _environment(facts: CardOptions) -> str:
     return text
 
 
-def _citation(facts: CardOptions) -> str:
+def citation(facts: CardOptions) -> str:
+    """BibTeX of the package."""
     return (
         "@software{lymph_hf,\n"
         "  title  = {lymph-hf: patient-level blood-cell diagnosis on Hugging Face},\n"
@@ -369,7 +398,7 @@ def _metadata(
     run: Run, facts: CardOptions, config: Mapping[str, Any], evaluations: Mapping[str, Mapping], repo: str
 ) -> ModelCardData:
     optional = {
-        "base_model": facts.base_model or _base_model(_read(run.settings)),
+        "base_model": facts.base_model or encoder_source(_read(run.settings)),
         "datasets": facts.datasets,
         "co2_eq_emissions": _emissions(facts),
     }
@@ -378,12 +407,17 @@ def _metadata(
         license=facts.license,
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=[*TAGS, *(["synthetic"] if facts.synthetic else [])],
+        tags=_tags(run, facts),
         metrics=sorted({_HUB_METRICS.get(name, name) for name in next(iter(evaluations.values()))["scores"]}),
         model_name=repo.split("/")[-1],
         eval_results=[result for stem, report in evaluations.items() for result in _results(stem, report, facts)],
         **{name: value for name, value in optional.items() if value},
     )
+
+
+def _tags(run: Run, facts: CardOptions) -> list[str]:
+    own = {"synthetic": facts.synthetic, "peft": _read(run.settings).get("adapter")}
+    return [*TAGS, *(tag for tag, holds in own.items() if holds)]
 
 
 def _emissions(facts: CardOptions) -> dict[str, Any] | None:

@@ -2,18 +2,22 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+from .files import folder_files
 from .version import __version__
 
 logger = logging.getLogger(__name__)
 
+RepoType = Literal["model", "dataset", "space"]
+Change = CommitOperationAdd | CommitOperationDelete
 _KEPT = {".gitattributes"}  # the Hub's own
 _REASONS = {
     400: "the Hub refuses what was sent ({error})",
@@ -32,18 +36,29 @@ class PublishError(RuntimeError):
     """Nothing was published; the message says why and what to do."""
 
 
-def push_folder(folder: Path, repo: str, *, tag: str, private: bool = False, message: str = "Publish") -> str:
+def push_folder(
+    folder: Path,
+    repo: str,
+    *,
+    tag: str,
+    private: bool = False,
+    message: str = "Publish",
+    repo_type: RepoType = "model",
+    space_sdk: str | None = None,
+) -> str:
     """Make a repository hold exactly the files of a folder, in one commit under a tag.
 
     Files that are there already are not sent again, and a folder that is already published under the tag changes
     nothing, so that an interrupted push is simply repeated.
 
     Args:
-        folder: flat.
+        folder: its files with their sub-folders.
         repo: organisation/name; made when it does not exist.
         tag: name of the version; one that stands at other content is refused.
         private: of a new repository; an existing public one is refused.
         message: of the commit.
+        repo_type: kind of repository.
+        space_sdk: of a new Space.
 
     Returns:
         The commit.
@@ -54,39 +69,45 @@ def push_folder(folder: Path, repo: str, *, tag: str, private: bool = False, mes
     """
     if get_token() is None:
         raise PublishError("No token: log in with `hf auth login`, or set HF_TOKEN to a token that may write.")
-    api = HfApi(library_name="lymph-hf", library_version=__version__)
-    with _explained(repo):
-        api.create_repo(repo, private=private or None, exist_ok=True)
-        info = api.repo_info(repo)
+    api = hub_api()
+    with explained(repo):
+        api.create_repo(repo, private=private or None, exist_ok=True, repo_type=repo_type, space_sdk=space_sdk)
+        info = api.repo_info(repo, repo_type=repo_type)
         if private and not info.private:
             raise PublishError(f"{repo} exists and is public: make it private on the Hub, or choose another --repo.")
-        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags}
+        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo, repo_type=repo_type).tags}
         if tag in tags:
-            return _confirm(api, repo, tag, tags[tag], folder)
+            _confirm(_changes(api, repo, tags[tag], folder, repo_type), repo, tag)
+            return tags[tag]
         commit = info.sha
-        if changes := _changes(api, repo, info.sha, folder):
+        if changes := _changes(api, repo, info.sha, folder, repo_type):
             logger.info("%s: sending %d changed files", repo, len(changes))
             # With the parent named, a commit that someone made in between is not overwritten.
-            commit = api.create_commit(repo, changes, commit_message=message, parent_commit=info.sha).oid
-        api.create_tag(repo, tag=tag, revision=commit)
+            done = api.create_commit(repo, changes, commit_message=message, parent_commit=info.sha, repo_type=repo_type)
+            commit = done.oid
+        api.create_tag(repo, tag=tag, revision=commit, repo_type=repo_type)
     return commit
 
 
-def _confirm(api: HfApi, repo: str, tag: str, commit: str, folder: Path) -> str:
-    if changed := [operation.path_in_repo for operation in _changes(api, repo, commit, folder)]:
+def hub_api() -> HfApi:
+    """The client of the Hub, which tells it who asks."""
+    return HfApi(library_name="lymph-hf", library_version=__version__)
+
+
+def _confirm(changes: Sequence[Change], repo: str, tag: str) -> None:
+    if changed := [operation.path_in_repo for operation in changes]:
         raise PublishError(
             f"{repo} has a version {tag} with other content ({', '.join(sorted(changed)[:5])}). "
             "A published version does not change: choose another --tag."
         )
     logger.info("%s: version %s is published already", repo, tag)
-    return commit
 
 
-def _changes(api: HfApi, repo: str, commit: str, folder: Path) -> list[CommitOperationAdd | CommitOperationDelete]:
+def _changes(api: HfApi, repo: str, commit: str, folder: Path, repo_type: RepoType) -> list[Change]:
     """What turns a commit into the folder."""
-    entries = api.list_repo_tree(repo, recursive=True, revision=commit)
+    entries = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type=repo_type)
     there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-    here = {path.name: path for path in sorted(folder.iterdir())}
+    here = folder_files(folder)
     additions = [CommitOperationAdd(name, path) for name, path in here.items() if not _is_same(path, there.get(name))]
     return additions + [CommitOperationDelete(name) for name in sorted(there.keys() - here.keys() - _KEPT)]
 
@@ -102,7 +123,7 @@ def _is_same(path: Path, entry: RepoFile | None) -> bool:
 
 
 @contextmanager
-def _explained(repo: str) -> Iterator[None]:
+def explained(repo: str) -> Iterator[None]:
     """Failures of the Hub and of the connection as `PublishError`."""
     try:
         yield
