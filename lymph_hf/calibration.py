@@ -29,6 +29,9 @@ from .metrics_checks import (
     ratio,
 )
 
+SLACK = 1e-6
+"""Added to the limits of prediction sets: a calibration patient lies on the limit itself, and must stay inside whatever
+the last digits of the arithmetic are. It can only raise the coverage. As in `LymphMILConfig.prediction_set`."""
 REFER = -1
 """What `Conformal.decide` says of a patient who should go on to flow cytometry."""
 
@@ -274,7 +277,7 @@ class Conformal:
         probabilities = check_probabilities(probabilities)
         if probabilities.shape[1] != len(self.quantiles):
             raise ValueError(f"expected {len(self.quantiles)} classes, got {probabilities.shape[1]}")
-        fits = 1 - probabilities <= np.array(self.quantiles)
+        fits = 1 - probabilities <= np.array(self.quantiles) + SLACK
         return fits | ~fits.any(axis=1, keepdims=True)
 
     def decide(self, probabilities: ArrayLike) -> Ints:

@@ -2,12 +2,16 @@
 
 import difflib
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 CLINICAL_FEATURES = ("age", "sex", "lymphocyte_count")
+CONFORMAL_SLACK = 1e-6  # as calibration.SLACK, which says why
+# The parameters of each scaling of the logits; the first one is the scale.
+CALIBRATIONS = {"temperature": ("temperature",), "platt": ("slope", "intercept")}
 
 
 @strict
@@ -42,6 +46,14 @@ class LymphMILConfig(PreTrainedConfig):
         decision_threshold (`float`, defaults to 0.5):
             A patient is called positive (label 1) when its probability is at least this. Chosen on validation
             patients and frozen with the model; used by two-label models only.
+        calibration (`dict`, *optional*):
+            Scaling of the logits, fitted on patients that the model was not trained on, and part of `forward`:
+            `{"method": "temperature", "temperature": T}`, or for two labels
+            `{"method": "platt", "slope": a, "intercept": b}`. `None` leaves the logits as they are.
+        conformal (`dict`, *optional*):
+            Prediction sets, as `calibration.Conformal.to_dict()` gives them: a label belongs to a patient's set when
+            1 - its probability is at most the quantile of the label; whoever has not exactly one label goes on to
+            flow cytometry. `None` when no sets were fitted.
 
         id2label, label2id (`dict`, *optional*):
             Names of the labels 0..num_labels-1; either follows from the other. The positive label of two is 1.
@@ -75,6 +87,8 @@ class LymphMILConfig(PreTrainedConfig):
     class_weights: list[float | int] | tuple[float | int, ...] | None = None
     label_smoothing: float | int = 0.0
     decision_threshold: float | int = 0.5
+    calibration: dict[str, Any] | None = None
+    conformal: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
         features = CLINICAL_FEATURES if self.clinical_features is None else self.clinical_features
@@ -126,6 +140,42 @@ class LymphMILConfig(PreTrainedConfig):
         fits = len(self.class_weights) == self.num_labels
         positive = all(math.isfinite(weight) and weight > 0 for weight in self.class_weights)
         expect(fits and positive, "class_weights", self.class_weights, f"{self.num_labels} positive numbers")
+
+    def validate_calibration(self):
+        """Refuse a scaling that `forward` could not apply, and prediction sets for other labels."""
+        if self.calibration is not None:
+            method = self.calibration.get("method")
+            parameters = CALIBRATIONS.get(method)
+            known = " or ".join(f"{name} with {', '.join(fields)}" for name, fields in CALIBRATIONS.items())
+            expect(parameters is not None, "calibration", self.calibration, f"method {known}")
+            expect(set(self.calibration) == {"method", *parameters}, "calibration", self.calibration, known)
+            scale = self.calibration[parameters[0]]
+            expect(math.isfinite(scale) and scale > 0, f"calibration {parameters[0]}", scale, "a number above 0")
+            expect(method != "platt" or self.num_labels == 2, "calibration", method, "two labels for Platt scaling")
+        if self.conformal is not None:
+            quantiles = self.conformal.get("quantiles", ())
+            expect(
+                len(quantiles) == self.num_labels,
+                "conformal",
+                self.conformal,
+                f"{self.num_labels} quantiles, one a label",
+            )
+
+    def prediction_set(self, probabilities: Sequence[float]) -> list[str] | None:
+        """Labels that one patient's prediction set holds, at least one; `None` if no sets were fitted.
+
+        More than one label means: refer to flow cytometry. The set of a patient whom no label fits holds them all.
+
+        Args:
+            probabilities: (num_labels,) of the model.
+        """
+        if self.conformal is None:
+            return None
+        limits = self.conformal["quantiles"]  # None = endless: too few patients to ever leave the label out
+        fits = [
+            limit is None or 1 - p <= limit + CONFORMAL_SLACK for p, limit in zip(probabilities, limits, strict=True)
+        ]
+        return [self.id2label[i] for i, fit in enumerate(fits) if fit or not any(fits)]
 
 
 def refuse_misspelt(unknown: dict, known: set):

@@ -24,7 +24,7 @@ from sklearn.metrics import confusion_matrix
 from .metrics_bootstrap import Bootstrap, Interval, bootstrap_weights
 from .metrics_calibration import ReliabilityBin, reliability_bins
 from .metrics_checks import Floats, Ints, check_predictions, check_probabilities, check_threshold, ratio
-from .metrics_curves import ranking, roc_band, roc_points
+from .metrics_curves import precision_recall_band, ranking, roc_band, roc_points
 from .metrics_decision import choose_threshold
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "choose_threshold",
     "confusion",
     "decide",
+    "precision_recall_band",
     "reliability_bins",
     "roc_band",
     "roc_points",

@@ -1,4 +1,6 @@
-"""Ranking of patients by their probability: weighted ROC counts, AUROC, average precision and the ROC band."""
+"""Ranking of patients by their probability: weighted ROC counts, AUROC, average precision, curves and their bands."""
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -69,16 +71,55 @@ def roc_band(
     Raises:
         ValueError: as `roc_points` and `bootstrap_intervals`; every resample held one class only.
     """
-    bootstrap = Bootstrap(resamples, level, seed)
-    positive, ranked_by = both_classes(labels, probabilities, "an ROC band")
+    return _band(labels, probabilities, _sensitivity_at, Bootstrap(resamples, level, seed), points)
+
+
+def precision_recall_band(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    points: int = 101,
+) -> tuple[Floats, Floats, Floats]:
+    """Pointwise bootstrap band of the precision-recall curve: recalls, lower, upper precision, (points,).
+
+    Between two cuts the precision is that of the one with more patients: a line between them would promise what no
+    threshold gives (Davis and Goadrich, ICML 2006).
+
+    Raises:
+        ValueError: as `roc_band`.
+    """
+    return _band(labels, probabilities, _precision_at, Bootstrap(resamples, level, seed), points)
+
+
+def _band(
+    labels: ArrayLike, probabilities: ArrayLike, curve: Callable, bootstrap: Bootstrap, points: int
+) -> tuple[Floats, Floats, Floats]:
+    """Central quantiles of a curve over the resamples that hold both classes, at evenly spread places."""
+    positive, ranked_by = both_classes(labels, probabilities, "a band")
     grid = np.linspace(0, 1, points)
     curves = []
     for weights in bootstrap.weights(len(positive)):
         true_positives, false_positives = roc_counts(positive, ranked_by, weights)
         both = (true_positives[:, -1] > 0) & (false_positives[:, -1] > 0)
-        for y, x in zip(true_positives[both], false_positives[both], strict=True):
-            curves.append(np.interp(grid, x / x[-1], y / y[-1]))
+        curves += [curve(grid, *counts) for counts in zip(true_positives[both], false_positives[both], strict=True)]
     if not curves:
-        raise ValueError(f"all {resamples} resamples held one class only: no ROC band; draw more resamples")
-    low, high = np.quantile(curves, central(level), axis=0)
+        raise ValueError(f"all {bootstrap.resamples} resamples held one class only: no band; draw more resamples")
+    low, high = np.quantile(curves, central(bootstrap.level), axis=0)
     return grid, low, high
+
+
+def _sensitivity_at(grid: Floats, true_positives: Floats, false_positives: Floats) -> Floats:
+    """Sensitivity at false-positive rates; counts are those of `roc_counts`, (G + 1,)."""
+    return np.interp(grid, false_positives / false_positives[-1], true_positives / true_positives[-1])
+
+
+def _precision_at(grid: Floats, true_positives: Floats, false_positives: Floats) -> Floats:
+    """Precision at the first cut that reaches each recall."""
+    drawn = true_positives + false_positives
+    some = drawn > 0  # a cut above everybody has no precision
+    recall = true_positives[some] / true_positives[-1]
+    precision = true_positives[some] / drawn[some]
+    return precision[np.searchsorted(recall, grid - 1e-12)]

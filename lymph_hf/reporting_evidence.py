@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import ArrayLike
+from sklearn.metrics import precision_recall_curve
 
-from .metrics import Interval, reliability_bins
+from .metrics import Interval, precision_recall_band, reliability_bins, roc_band, roc_points, score
 from .metrics_calibration import calibration_intervals
 from .metrics_decision import DecisionCurve
 from .metrics_subgroups import LearningPoint, Subgroup
@@ -56,6 +57,59 @@ def decision_curve_figure(
         level = common_level({str(number): interval for number, interval in enumerate(first.model)})
         ax.set_title(f"{title}: prevalence {first.prevalence:.0%}, {percent(level)} bands")
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+
+
+def curves_figure(
+    labels: ArrayLike,
+    predictions: Mapping[str, ArrayLike],
+    path: str | os.PathLike,
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+) -> None:
+    """ROC and precision-recall curves of one or more models on the same patients, the first with bootstrap bands.
+
+    Args:
+        labels: (n,), 1 = positive; both classes.
+        predictions: name -> probabilities of class 1, (n,) or (n, 2).
+        path: where to write the picture; the suffix says the format.
+        level, seed: of the bands.
+
+    Raises:
+        ValueError: no predictions, not two classes, patients of one class only.
+    """
+    if not predictions:
+        raise ValueError("no predictions: nothing to draw")
+    labels = np.asarray(labels)
+    of_positive = {name: np.asarray(p, dtype=float).reshape(len(labels), -1)[:, -1] for name, p in predictions.items()}
+    first = next(iter(of_positive.values()))
+    with figure_file(path, 10, 5.2) as figure:
+        panels = figure.subplots(1, 2)
+        bands = (roc_band, precision_recall_band)
+        for ax, band in zip(panels, bands, strict=True):
+            x, low, high = band(labels, first, level=level, seed=seed)
+            ax.fill_between(
+                x, low, high, color=COLOURS[0], alpha=0.18, linewidth=0, step=None if ax is panels[0] else "pre"
+            )
+        for number, (name, probabilities) in enumerate(of_positive.items()):
+            scores = score(labels, probabilities)
+            false_positive, true_positive, _ = roc_points(labels, probabilities)
+            style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 2 if number == 0 else 1.3}
+            panels[0].plot(false_positive, true_positive, label=f"{name}, AUROC {scores['auroc']:.3f}", **style)
+            precision, recall, _ = precision_recall_curve(labels, probabilities)
+            label = f"{name}, AUPRC {scores['auprc']:.3f}"
+            panels[1].step(recall, precision, where="post", label=label, **style)
+        share = float(labels.mean())
+        panels[0].plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
+        panels[1].axhline(share, color=GREY, linestyle=":", linewidth=1)
+        panels[0].set(xlabel="1 - specificity", ylabel="sensitivity", title=f"ROC, {percent(level)} band")
+        panels[1].set(
+            xlabel="sensitivity (recall)", ylabel="PPV (precision)", title=f"Precision and recall, {share:.0%} positive"
+        )
+        for ax in panels:
+            ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.03), aspect="equal")
+            ax.grid()
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _draw_band(ax: Axes, x: Sequence[float], intervals: Sequence[Interval], colour: str, name: str) -> None:

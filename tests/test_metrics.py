@@ -23,6 +23,7 @@ from lymph_hf.metrics import (
     choose_threshold,
     confusion,
     decide,
+    precision_recall_band,
     reliability_bins,
     roc_band,
     roc_points,
@@ -348,6 +349,17 @@ def test_roc_band_encloses_the_curve_and_ends_at_one():
     assert ((low <= curve) & (curve <= high)).mean() > 0.95
     assert low[-1] == high[-1] == 1
     assert (np.diff(low) >= 0).all()
+
+
+def test_precision_recall_band_encloses_the_curve():
+    labels, probabilities = binary_cohort(80, seed=11)
+    grid, low, high = precision_recall_band(labels, probabilities, resamples=300)
+    precision, recall, _ = sk.precision_recall_curve(labels, probabilities)
+    # The least recall that a cut reaches, at or above each place of the grid: no line between two cuts.
+    curve = [precision[recall >= place - 1e-12][np.argmin(recall[recall >= place - 1e-12])] for place in grid[1:]]
+    assert ((low[1:] <= curve) & (curve <= high[1:])).mean() > 0.95
+    assert (low <= high).all()
+    assert low[-1] >= 0.9 * labels.mean() - 0.1 and high[-1] < 1, "everybody at the latest reaches full recall"
 
 
 def test_reliability_bins_are_equal_in_mass_and_independent_of_order():

@@ -1,0 +1,119 @@
+"""What a reviewer asks beside the scores of an evaluation: subgroups, benefit, calibration, cells behind answers."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .baselines import Row
+from .calibration import shift_prevalence
+from .cohort import CLINICAL, Cohort, Patient
+from .configuration_lymph import LymphMILConfig
+from .images import open_cell_image
+from .inference import Inference
+from .metrics import Bootstrap, Interval, decide
+from .metrics_decision import decision_curve
+from .metrics_subgroups import clinical_groups, subgroup_scores
+from .reporting import gallery
+from .reporting_evidence import calibration_figure, curves_figure, decision_curve_figure, subgroup_figure
+
+CELLS_PER_PATIENT = 8
+PATIENTS_PER_ANSWER = 3
+
+
+def write_evidence(
+    folder: Path,
+    cohort: Cohort,
+    predictions: Inference,
+    config: LymphMILConfig,
+    *,
+    rows: Sequence[Row] = (),
+    auroc: Interval | None = None,
+    prevalence: float | None = None,
+    bootstrap: Bootstrap | None = None,
+) -> dict[str, Any]:
+    """Draw the evidence into `folder`, and return what of it belongs into `metrics.json`.
+
+    `curves.png`, `decision-curve.png`, `calibration.png` and `subgroups.png` of a model of two labels whose patients
+    have both; `cells.png`, the cells with the most weight in patients answered rightly and wrongly, of any model.
+
+    Args:
+        cohort: the scored patients, in the order of the predictions.
+        rows: other predictions of the same patients, drawn beside the network.
+        auroc: of all patients, drawn behind the subgroups.
+        prevalence: share of positive patients where the model is to be used; `None` = as in the sample.
+    """
+    labels = np.array([config.label2id[patient.label] for patient in cohort.patients])
+    bootstrap = bootstrap or Bootstrap()
+    folder.mkdir(parents=True, exist_ok=True)
+    cells_figure(folder / "cells.png", cohort, labels, predictions, config)
+    if config.num_labels != 2 or len(set(labels.tolist())) != 2:
+        return {}
+    by_name = {"network": predictions.probabilities} | {row.name: row.probabilities for row in rows}
+    curves_figure(labels, by_name, folder / "curves.png", level=bootstrap.level, seed=bootstrap.seed)
+    calibration_figure(labels, by_name, folder / "calibration.png", positive=config.id2label[1])
+    _draw_benefit(folder / "decision-curve.png", labels, by_name, config, prevalence, bootstrap)
+    groups = known_groups(cohort)
+    if not groups:
+        return {}
+    subgroups = subgroup_scores(
+        labels, predictions.probabilities, groups, threshold=config.decision_threshold, bootstrap=bootstrap
+    )
+    subgroup_figure(subgroups, folder / "subgroups.png", overall=auroc)
+    return {"subgroups": [group.as_dict() for group in subgroups]}
+
+
+def known_groups(cohort: Cohort) -> dict[str, list[str]]:
+    """`clinical_groups` of the variables that at least one patient has a value of."""
+    values = {name: [getattr(patient, name) for patient in cohort.patients] for name in CLINICAL}
+    numbers = {
+        name: [np.nan if value is None else value for value in values[name]] for name in ("age", "lymphocyte_count")
+    }
+    groups = clinical_groups(numbers["age"], values["sex"], numbers["lymphocyte_count"])
+    recorded = {name.replace("_", " ") for name in CLINICAL if any(value is not None for value in values[name])}
+    return {name: of_patient for name, of_patient in groups.items() if name in recorded}
+
+
+def _draw_benefit(
+    path: Path,
+    labels: np.ndarray,
+    by_name: Mapping[str, np.ndarray],
+    config: LymphMILConfig,
+    prevalence: float | None,
+    bootstrap: Bootstrap,
+) -> None:
+    """Decision curves at the stated prevalence, the probabilities moved to it."""
+    if prevalence is not None:
+        sample = float(labels.mean())
+        by_name = {name: shift_prevalence(p, of_sample=sample, to=prevalence) for name, p in by_name.items()}
+    curves = {
+        name: decision_curve(labels, probabilities, prevalence=prevalence, bootstrap=bootstrap)
+        for name, probabilities in by_name.items()
+    }
+    # The frozen threshold is one of unmoved probabilities.
+    decision_curve_figure(curves, path, threshold=config.decision_threshold if prevalence is None else None)
+
+
+def cells_figure(
+    path: Path, cohort: Cohort, labels: np.ndarray, predictions: Inference, config: LymphMILConfig
+) -> None:
+    """The cells with the most weight, of the patients answered most surely rightly and most surely wrongly."""
+    decided = decide(predictions.probabilities, threshold=config.decision_threshold)
+    sure = predictions.probabilities[np.arange(len(labels)), decided]
+    images, captions = [], []
+    for right in (True, False):
+        answered = np.flatnonzero((decided == labels) == right)
+        for index in answered[np.argsort(-sure[answered], kind="stable")][:PATIENTS_PER_ANSWER]:
+            patient, weights = cohort.patients[index], predictions.attentions[index]
+            said = config.id2label[int(decided[index])]
+            for cell in np.argsort(-weights, kind="stable")[:CELLS_PER_PATIENT]:
+                images.append(_cell(patient, int(cell)))
+                captions.append(
+                    f"{patient.patient_id}: {said}, {'right' if right else 'WRONG'}\nweight {weights[cell]:.3f}"
+                )
+    gallery(images, captions, path, columns=CELLS_PER_PATIENT, title="Cells with the most weight, surest answers first")
+
+
+def _cell(patient: Patient, index: int):
+    return open_cell_image(patient.images[index]).image
