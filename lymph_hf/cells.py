@@ -90,12 +90,14 @@ def join_cells(parts: Sequence[Cells]) -> Cells:
     )
 
 
-def hold_out(cells: Cells, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(cells: Cells, fraction: float, seed: int, *, by_type: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Rows to learn from, and held-out rows; a patient, or an image that stands twice, is never on both sides.
 
     Args:
         fraction: share of the cells to hold out, 0 to below 1; patients go as a whole, so it is met roughly.
         seed: of the draw.
+        by_type: hold out that share of each type, but at least one patient; for types that are the same in all cells
+            of a patient.
 
     Raises:
         CohortError: nothing would be left on one side.
@@ -106,15 +108,26 @@ def hold_out(cells: Cells, fraction: float, seed: int) -> tuple[np.ndarray, np.n
     # Cells of one patient, or with the same bytes, belong together.
     groups = _merged(cells.groups, np.unique(cells.digests, return_inverse=True)[1])
     order = np.random.default_rng(seed).permutation(groups.max() + 1)
-    sizes = np.bincount(groups)[order]
-    chosen = order[np.cumsum(sizes) - sizes / 2 <= fraction * len(cells)]
-    held = np.isin(groups, chosen)
-    if not held.any() or held.all():
-        raise CohortError(
-            f"{cells.source}: a share of {fraction} of {len(cells)} cells of {len(order)} patients or images cannot "
-            "be held out; change --validation-fraction (0 holds out none)"
-        )
+    held = np.zeros(len(cells), dtype=bool)
+    for rows in _rows_of_types(cells, groups) if by_type else [every]:
+        drawn = order[np.isin(order, groups[rows])]
+        sizes = np.bincount(groups[rows], minlength=len(order))[drawn]
+        # Of each type at least one patient, if by type: a score needs all of them.
+        share = max(fraction * len(rows), sizes[0] / 2 if by_type else 0)
+        held[np.isin(groups, drawn[np.cumsum(sizes) - sizes / 2 <= share])] = True
+        if not held[rows].any() or held[rows].all():
+            raise CohortError(
+                f"{cells.source}: a share of {fraction} of {len(rows)} cells of {len(drawn)} patients or "
+                "images cannot be held out; change --validation-fraction (0 holds out none)"
+            )
     return every[~held], every[held]
+
+
+def _rows_of_types(cells: Cells, groups: np.ndarray) -> list[np.ndarray]:
+    """Rows by type, each group at the type of its first row."""
+    _, first = np.unique(groups, return_index=True)
+    types = np.array(cells.cell_types)[first][groups]
+    return [np.flatnonzero(types == name) for name in np.unique(types)]
 
 
 def _merged(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .calibration import Conformal, abstention_intervals
 from .cohort import Cohort
 from .configuration_lymph import LymphMILConfig
+from .decisions import decisions
 from .files import write_json
 from .inference import prediction_table, write_table
 from .metrics import Bootstrap, bootstrap_intervals
@@ -94,11 +96,14 @@ def score_report(
     """
     threshold = config.decision_threshold
     intervals = bootstrap_intervals(labels, probabilities, threshold=threshold, resamples=resamples, seed=seed)
+    bootstrap = Bootstrap(resamples, seed=seed)
     if config.num_labels == 2:
-        bootstrap = Bootstrap(resamples, seed=seed)
         intervals |= clinical_intervals(
             labels, probabilities, threshold=threshold, prevalence=prevalence, bootstrap=bootstrap
         )
+    if config.conformal is not None:
+        conformal = Conformal.from_dict(config.conformal)
+        intervals |= abstention_intervals(labels, probabilities, conformal, bootstrap=bootstrap)
     counts = np.bincount(labels, minlength=config.num_labels).tolist()
     return {
         "n": len(labels),
@@ -150,6 +155,7 @@ def patient_table(
         label_names=label_names(config),
         threshold=config.decision_threshold,
         labels=[patient.label for patient in cohort.patients] if with_labels else None,
+        decisions=decisions(probabilities, config),
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from .options import option
+from .precision import AUTO, PRECISION_HELP, Precision
 
 
 @dataclass(kw_only=True)
@@ -21,8 +22,10 @@ class PretrainOptions:
         "run folder or split file whose validation and test patients are left out; folders of patients need it: "
         "'none' says that nobody will be evaluated on them",
     )
-    objective: Literal["mae", "cell-type"] = option(
-        "mae", "mae: reconstruct hidden patches, no labels needed; cell-type: learn the labels of the cells"
+    objective: Literal["mae", "cell-type", "patient-label"] = option(
+        "mae",
+        "mae: reconstruct hidden patches, no labels needed; cell-type: learn the labels of the cells; patient-label: "
+        "give every cell the label of its patient",
     )
     resume: bool = option(False, "continue the run in --output exactly where its last checkpoint stands")
     encoder: str = option("vit_tiny_patch16_224", "any timm model name; a plain vision transformer for mae")
@@ -37,11 +40,11 @@ class PretrainOptions:
     decoder_width: int = option(256, "mae: width of the decoder")
     decoder_heads: int = option(8, "mae: attention heads of the decoder")
     norm_pix_loss: bool = option(True, "mae: predict pixels standardised within each patch")
-    label_smoothing: float = option(0.1, "cell-type: in [0, 1)")
+    label_smoothing: float = option(0.1, "cell-type, patient-label: in [0, 1)")
     layer_decay: float | None = option(
         None,
-        "rate of each block relative to the next one, in (0, 1]; by default 1 for mae and 0.75 for cell-type from "
-        "given weights (He et al. 2022)",
+        "rate of each block relative to the next one, in (0, 1]; by default 1 for mae and from random weights, 0.75 "
+        "for labels from given weights (He et al. 2022)",
     )
     validation_fraction: float = option(0.1, "share of the cells held out for loss and probe, patients as a whole")
     probe_cells: int = option(2000, "most labelled cells on each side of the kNN probe; 0 makes none")
@@ -52,13 +55,13 @@ class PretrainOptions:
     batch_size: int = option(256, "cells per optimizer step, over all processes")
     micro_batch: int = option(256, "cells per forward pass of one process; changes memory, not the result")
     learning_rate: float | None = option(
-        None, "peak rate; by default (He et al. 2022) batch size / 256 times 1.5e-4 for mae, 1e-3 for cell-type"
+        None, "peak rate; by default (He et al. 2022) batch size / 256 times 1.5e-4 for mae, 1e-3 for labels"
     )
     weight_decay: float = option(0.05, "of AdamW; norms, biases, positions and tokens have none")
     warmup: float = option(0.1, "share of the steps with rising rate, before the cosine decay to zero")
     clip: float = option(1.0, "largest norm of the gradient")
     patience: int = option(0, "stop after this many epochs without a better validation; 0 never stops early")
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "number format of the heavy computations")
+    mixed_precision: Precision = option(AUTO, PRECISION_HELP)
     checkpoint_every: int = option(0, "optimizer steps between checkpoints within an epoch; 0 = epoch ends only")
     workers: int = option(0, "processes that decode images beside the training process")
     preload: bool = option(False, "decode every cell once and keep the pixels in memory (side x side x 3 bytes each)")
@@ -92,7 +95,7 @@ class ProbeOptions:
     resamples: int = option(2000, "bootstrap resamples, of patients where they are known, else of cells")
     seed: int = option(0, "of initial weights, sample, folds and bootstrap")
     batch_size: int = option(64, "cells per forward pass")
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "number format of the heavy computations")
+    mixed_precision: Precision = option(AUTO, PRECISION_HELP)
     workers: int = option(0, "processes that decode images beside the main process")
     cache_dir: str | None = option(None, "where the Arrow copy of a cohort goes; by default the datasets cache")
     cpu: bool = option(False, "stay on the CPU though there is an accelerator")

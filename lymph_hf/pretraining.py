@@ -1,4 +1,4 @@
-"""Pretraining of cell encoders: masked autoencoding, or the cells' types where they are known."""
+"""Pretraining of cell encoders: masked autoencoding, the cells' types where they are known, or the patient's label."""
 
 import json
 import logging
@@ -22,9 +22,11 @@ from .configuration_mae import LymphMAEConfig
 from .encoder_weights import load_first_weights
 from .encoders import build_encoder, embedding_size, encoder_data_config, resolve_encoder
 from .files import write_json, writing_folder
+from .modeling_lymph import LymphMILForBagClassification
 from .modeling_mae import LymphMAEForPreTraining
 from .options import json_option
 from .options_pretrain import PretrainOptions
+from .precision import with_settled_precision
 from .pretraining_data import PretrainingError, permitted_cells
 from .pretraining_scores import PretrainingValidation
 from .probing import RECORD
@@ -36,15 +38,30 @@ from .training import Monitor, TrainingLoop, make_accelerator
 
 logger = logging.getLogger(__name__)
 
-# He et al. 2022, tables 8 (pretraining) and 9 (fine-tuning).
-BETAS = {"mae": (0.9, 0.95), "cell-type": (0.9, 0.999)}
-BASE_RATES = {"mae": 1.5e-4, "cell-type": 1e-3}  # per 256 cells of a batch
-FINE_TUNING_LAYER_DECAY = 0.75
-# Labels say what a good encoder is; without them the held-out loss has to.
-MONITORS = {
-    "mae": (Monitor("loss", larger_is_better=False),),
-    "cell-type": (Monitor("balanced_accuracy"), Monitor("loss", larger_is_better=False)),
-}
+
+@dataclass(frozen=True)
+class Objective:
+    """What an encoder learns, and at which settings.
+
+    Attributes:
+        betas: of AdamW.
+        base_rate: per 256 cells of a batch.
+        monitors: which scores decide on the best epoch.
+        fine_tuning_layer_decay: where the weights are given.
+    """
+
+    betas: tuple[float, float]
+    base_rate: float
+    monitors: tuple[Monitor, ...]
+    fine_tuning_layer_decay: float = 1.0
+
+
+_LOSS = Monitor("loss", larger_is_better=False)
+# He et al. 2022, tables 8 (pretraining) and 9 (fine-tuning). Labels say what a good encoder is; without them the
+# held-out loss has to.
+MASKED = Objective((0.9, 0.95), 1.5e-4, (_LOSS,))
+LABELLED = Objective((0.9, 0.999), 1e-3, (Monitor("balanced_accuracy"), _LOSS), fine_tuning_layer_decay=0.75)
+OBJECTIVES = {"mae": MASKED, "cell-type": LABELLED, "patient-label": LABELLED}
 
 
 def pretrain(options: PretrainOptions) -> Path:
@@ -52,7 +69,8 @@ def pretrain(options: PretrainOptions) -> Path:
 
     The run folder holds `encoder/` (for `timm.create_model("local-dir:RUN/encoder", pretrained=True)` and for
     `lymph train --encoder-weights RUN/encoder`), for the masked autoencoder `lymph-mae/` (for `from_pretrained`)
-    and `reconstructions/`, and what the training loop writes.
+    and `reconstructions/`, for labels `classifier/` (for `from_pretrained`, a model of bags), and what the training
+    loop writes.
 
     Returns:
         The folder `encoder/`.
@@ -61,12 +79,14 @@ def pretrain(options: PretrainOptions) -> Path:
         PretrainingError, CohortError, SplitError, RunError, TrainingError, CheckpointError: each with what to do.
     """
     run = Run(Path(options.output))
+    options = with_settled_precision(options)
     accelerator = make_accelerator(options, run.folder)
     settings = asdict(options)
     lock = run.claim(settings, resume=options.resume) if accelerator.is_main_process else None
     with accelerator.main_process_first():
         cells, record = permitted_cells(options)
-    train_rows, held_rows = hold_out(cells, options.validation_fraction, options.seed)
+    by_label = options.objective == "patient-label"
+    train_rows, held_rows = hold_out(cells, options.validation_fraction, options.seed, by_type=by_label)
     train_cells, held_cells = cells.select(train_rows), cells.select(held_rows)
     record |= {"cells": len(train_cells), "held_out_cells": len(held_cells), "digests": sorted(train_cells.digests)}
     if accelerator.is_main_process:
@@ -96,7 +116,7 @@ def pretrain(options: PretrainOptions) -> Path:
         options,
         run.folder,
         validate=None if validation is None else lambda model: validation(model, loop.progress.epoch + 1),
-        monitors=MONITORS[options.objective],
+        monitors=OBJECTIVES[options.objective].monitors,
         sample_weights=balanced_weights(train_set.label_ids) if train_set.label_ids else None,
         optimizer=build_optimizer(model, options),
     )
@@ -132,7 +152,7 @@ class CellTypeOutput(ModelOutput):
 
 
 class CellTypeClassifier(nn.Module):
-    """A cell encoder with a linear classifier of the cell's type.
+    """A cell encoder with a linear classifier of the cell's type, or of its patient's label.
 
     Args:
         config: encoder, image size, labels (the cell types) and label smoothing are used.
@@ -152,6 +172,13 @@ class CellTypeClassifier(nn.Module):
         smoothing = self.config.label_smoothing
         return CellTypeOutput(F.cross_entropy(logits.float(), labels, label_smoothing=smoothing), logits)
 
+    def as_patient_model(self) -> LymphMILForBagClassification:
+        """The same weights as a model of bags, which says of a bag of one cell what this one says of the cell."""
+        model = LymphMILForBagClassification(self.config)
+        model.model.encoder.load_state_dict(self.encoder.state_dict())
+        model.classifier.load_state_dict(self.classifier.state_dict())
+        return model.eval()
+
 
 def new_model(
     options: PretrainOptions, type_names: tuple[str, ...]
@@ -170,7 +197,14 @@ def new_model(
     else:
         numbers = {name: i for i, name in enumerate(type_names)}
         config = LymphMILConfig(
-            **shared, label_smoothing=options.label_smoothing, id2label=dict(enumerate(type_names)), label2id=numbers
+            **shared,
+            pooling="mean",
+            fusion="none",
+            clinical_features=[],
+            dropout=0.0,
+            label_smoothing=options.label_smoothing,
+            id2label=dict(enumerate(type_names)),
+            label2id=numbers,
         )
         model = CellTypeClassifier(config)
     load_first_weights(model.encoder, options.encoder_weights, choice.weights)
@@ -192,12 +226,12 @@ def build_optimizer(model: nn.Module, options: PretrainOptions) -> torch.optim.O
     Args:
         model: `model.encoder` is a timm network; what is outside of it learns at the full rate.
     """
-    base = BASE_RATES[options.objective] * options.batch_size / 256
+    objective = OBJECTIVES[options.objective]
+    base = objective.base_rate * options.batch_size / 256
     rate = base if options.learning_rate is None else options.learning_rate
     decay = options.layer_decay
     if decay is None:
-        fine_tuning = options.objective == "cell-type" and options.encoder_weights is not None
-        decay = FINE_TUNING_LAYER_DECAY if fine_tuning else 1.0
+        decay = 1.0 if options.encoder_weights is None else objective.fine_tuning_layer_decay
     encoder = model.encoder
     no_decay = getattr(encoder, "no_weight_decay", set)()
     groups = [
@@ -213,7 +247,7 @@ def build_optimizer(model: nn.Module, options: PretrainOptions) -> torch.optim.O
         {"params": matrices, "weight_decay": options.weight_decay, "lr": rate},
         {"params": vectors, "weight_decay": 0.0, "lr": rate},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=BETAS[options.objective])
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=objective.betas)
 
 
 def export(
@@ -222,7 +256,7 @@ def export(
     folder: Path,
     record: dict[str, Any],
 ) -> None:
-    """Write `encoder/`, of a masked autoencoder also `lymph-mae/`, and the final record.
+    """Write `encoder/`, beside it `lymph-mae/` (masked autoencoder) or `classifier/`, and the final record.
 
     Both configurations tell what the weights were trained on; the list of images lies in `encoder/` alone.
     """
@@ -241,7 +275,10 @@ def export(
         )
         write_json(beside / RECORD, record)
     if isinstance(model, LymphMAEForPreTraining):
-        model.config.pretraining = summary
-        with writing_folder(folder / "lymph-mae") as beside:
-            model.save_pretrained(beside)
-            processor.save_pretrained(beside)
+        whole, name = model, "lymph-mae"
+    else:
+        whole, name = model.as_patient_model(), "classifier"
+    whole.config.pretraining = summary
+    with writing_folder(folder / name) as beside:
+        whole.save_pretrained(beside)
+        processor.save_pretrained(beside)

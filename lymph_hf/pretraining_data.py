@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,11 +11,19 @@ import numpy as np
 
 from .cell_sources import read_cells
 from .cells import Cells, join_cells
+from .cohort import CohortError, read_cohort
 from .options_pretrain import PretrainOptions
 from .runs import Run
 from .split_files import PARTS, read_split_lists
 
 logger = logging.getLogger(__name__)
+
+
+# The objectives that learn labels, and where the labels come from.
+LABEL_SOURCES = {
+    "cell-type": "Types come from cells.csv or from one sub-folder per type.",
+    "patient-label": "Labels come from clinical.csv.",
+}
 
 
 class PretrainingError(ValueError):
@@ -72,8 +80,13 @@ def permitted_cells(options: PretrainOptions) -> tuple[Cells, dict[str, Any]]:
     Raises:
         PretrainingError: the cells are of patients and no split was given, or the split cannot be applied to them.
     """
-    sources = [read_cells(source, cache_dir=options.cache_dir) for source in options.data]
-    record: dict[str, Any] = {"data": [cells.source for cells in sources], "split_sha256": None, "left_out_cells": 0}
+    sources = [_read(source, options) for source in options.data]
+    record: dict[str, Any] = {
+        "objective": options.objective,
+        "data": [cells.source for cells in sources],
+        "split_sha256": None,
+        "left_out_cells": 0,
+    }
     of_patients = [cells.source for cells in sources if any(p is not None for p in cells.patient_ids)]
     if options.split is None and of_patients:
         raise PretrainingError(
@@ -93,16 +106,28 @@ def permitted_cells(options: PretrainOptions) -> tuple[Cells, dict[str, Any]]:
         record |= {"split_sha256": evaluation.sha256, "left_out_cells": left_out}
         sources = permitted
     cells = join_cells(sources)
-    if options.objective == "cell-type":
+    if options.objective in LABEL_SOURCES:
         cells = cells.labelled()
         if len(cells.type_names) < 2:
             raise PretrainingError(
-                f"{', '.join(record['data'])}: {len(cells.type_names)} cell types, --objective cell-type needs at "
-                "least 2. Types come from cells.csv or from one sub-folder per type."
+                f"{', '.join(record['data'])}: {len(cells.type_names)} {options.objective.replace('-', ' ')}s, "
+                f"--objective {options.objective} needs at least 2. {LABEL_SOURCES[options.objective]}"
             )
     if not len(cells):
         raise PretrainingError(f"{', '.join(record['data'])}: no cell is left to learn from.")
     return cells, record | {"fingerprint": cells.fingerprint}
+
+
+def _read(source: str, options: PretrainOptions) -> Cells:
+    """The cells of a source with what the objective learns as their type."""
+    cells = read_cells(source, cache_dir=options.cache_dir)
+    if options.objective != "patient-label":
+        return cells
+    try:
+        label_of = {patient.patient_id: patient.label for patient in read_cohort(source).patients}
+    except CohortError as error:
+        raise PretrainingError(f"{source}: --objective patient-label needs folders of patients ({error}).") from error
+    return replace(cells, cell_types=tuple(label_of[patient_id] for patient_id in cells.patient_ids))
 
 
 def _without(evaluation: EvaluationPatients, sources: list[Cells]) -> list[Cells]:

@@ -116,7 +116,7 @@ class PretrainingValidation:
         # A type that training never shows cannot be scored.
         types = set(train_cells.type_names)
         known = held_cells.select(row for row, name in enumerate(held_cells.cell_types) if name in types)
-        scored = known if options.objective == "cell-type" else held_cells
+        scored = held_cells if options.objective == "mae" else known
         self.held = CellDataset(scored, processor, preload=options.preload, **inputs)
         self.held_out_scores = HeldOutScores(self.held, accelerator, **reading)
         bank, queries = _sample(train_cells.labelled(), options, 0), _sample(known, options, 1)

@@ -2,30 +2,39 @@
 
 import json
 import logging
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import AutoImageProcessor, AutoModel
 
 from .adapters import attach_adapter, save_adapted, trainable_report
 from .augment import Augmentation
 from .bags import BagDataset, build_bags, cohort_fingerprint, collate_bags
+from .baselines import Blend, Row, clinical_rows, score_rows
 from .clinical import ClinicalSettings
 from .clinical_baseline import Baseline, clinical_baseline
 from .cohort import CLINICAL, Cohort, read_cohort, scan_images
 from .configuration_lymph import LymphMILConfig
+from .decisions import freeze_decisions
 from .encoder_weights import load_first_weights
 from .encoders import resolve_encoder
 from .evaluation import evaluation_patients, patient_table, score_report, write_evaluation
+from .evidence import write_evidence
+from .features import FeatureBags, cached_features, put_encoder, take_encoder
 from .files import write_json, writing_folder
-from .inference import infer, write_table
-from .metrics import choose_threshold, score
+from .image_vote import vote_rows
+from .inference import Inference, infer, write_table
+from .lineage import ancestors_images
+from .metrics import Bootstrap, score
 from .modeling_lymph import LymphMILForBagClassification
 from .options import (
     CheckOptions,
@@ -40,8 +49,10 @@ from .options import (
     chunk_size_option,
     json_option,
 )
+from .precision import with_settled_precision
 from .processing_lymph import ClinicalStandardizer, LymphImageProcessor
-from .reporting import cohort_figure, history_figure, scores_table
+from .report_page import write_page
+from .reporting import cohort_figure, history_figure
 from .runs import Run, RunError, model_source
 from .sampling import balanced_weights, class_weights
 from .split_files import PARTS
@@ -54,6 +65,36 @@ logger = logging.getLogger(__name__)
 
 class RecipeError(ValueError):
     """Options and data do not fit together; the message says what to change."""
+
+
+@dataclass
+class Lesson:
+    """What the training loop trains.
+
+    Attributes:
+        model: its output has `.loss`.
+        dataset: training patients.
+        collate: items of the data set -> inputs of the model.
+    """
+
+    model: nn.Module
+    dataset: Dataset
+    collate: Callable[[list], dict[str, torch.Tensor]]
+
+
+class Teaching(Protocol):
+    """What a patient model learns beside the labels.
+
+    Attributes:
+        options: a dataclass, stored with the settings of the run.
+        sources: other models that it rests on, whose training patients must not be evaluation patients.
+    """
+
+    options: Any
+    sources: Sequence[str]
+
+    def lesson(self, plain: Lesson, patients: Cohort, accelerator: Accelerator) -> Lesson:
+        """The plain lesson with more to learn; the parameters of its model are trained, and nothing else of it."""
 
 
 def synthesise(options: SynthOptions) -> Path:
@@ -99,33 +140,51 @@ def train(
     split_options: SplitOptions,
     model_options: ModelOptions,
     options: TrainingOptions,
+    *,
+    teaching: Teaching | None = None,
+    cohort: Cohort | None = None,
 ) -> Path:
     """Train a patient model from a folder of patients.
 
     The split is stratified and saved, the clinical values are standardised on the training patients, the epoch is
-    the best in validation, and the decision threshold is chosen on the validation patients and frozen.
+    the best in validation; calibration, decision threshold and prediction sets are fitted on the validation patients
+    and frozen in the model. Beside it stand the clinical model and the blend of the two.
+
+    Args:
+        teaching: what the model learns beside the labels, as in distillation.
+        cohort: checked, where it has been read before; `None` reads `cohort_options.data`.
 
     Returns:
         The exported model, to be loaded with `AutoModel.from_pretrained`.
 
     Raises:
-        CohortError, SplitError, RunError, TrainingError, CheckpointError: each with what to do.
+        CohortError, SplitError, LineageError, RunError, TrainingError, CheckpointError: each with what to do.
     """
+    _check_feature_cache(model_options, options, teaching)
     run = Run(Path(options.output))
+    options = with_settled_precision(options)
     accelerator = make_accelerator(options, run.folder)
-    settings = {
-        k: v for group in (cohort_options, split_options, model_options, options) for k, v in asdict(group).items()
-    }
+    groups = [cohort_options, split_options, model_options, options]
+    groups += [] if teaching is None else [teaching.options]
+    settings = {k: v for group in groups for k, v in asdict(group).items()}
     lock = run.claim(settings, resume=options.resume) if accelerator.is_main_process else None
-    cohort = _checked_cohort(cohort_options, accelerator)
-    split = _split(cohort, split_options, options.seed)
+    cohort = cohort or _checked_cohort(cohort_options, accelerator)
+    split = choose_split(cohort, split_options, options.seed)
+    sources = [model_options.encoder_weights, *(() if teaching is None else teaching.sources)]
+    learnt = ancestors_images(sources, cohort, split)
     label_names = ordered_labels(cohort, split_options.positive_label)
     if accelerator.is_main_process:
-        _record(run, cohort, split)
+        record_data(run, cohort, split, learnt)
         baseline = _clinical_baseline(run, cohort, split, label_names, options)
     set_seed(options.seed)
     model, processor = _new_model(cohort, split, label_names, model_options, options)
-    data = _Bags(cohort, processor, model.config.label2id, cohort_options.cache_dir, accelerator)
+    encoder = None
+    if options.feature_cache is None:
+        data = _Bags(cohort, processor, model.config.label2id, cohort_options.cache_dir, accelerator)
+    else:
+        data = _FeatureBags(cohort.select(split.train + split.validation), model, processor, accelerator, options)
+        encoder = take_encoder(model)
+        options = replace(options, workers=0)  # nothing is left to decode
     train_set = data.subset(
         split.train,
         max_cells=options.max_cells,
@@ -139,11 +198,14 @@ def train(
     def validate(model: nn.Module) -> dict[str, float]:
         return _validate(model, validation_set, accelerator, options)
 
+    lesson = Lesson(model, train_set, collate_bags)
+    if teaching is not None:
+        lesson = teaching.lesson(lesson, cohort.select(split.train), accelerator)
     loop = TrainingLoop(
         accelerator,
-        model,
-        train_set,
-        collate_bags,
+        lesson.model,
+        lesson.dataset,
+        lesson.collate,
         options,
         run.folder,
         validate=None if validation_set is None else validate,
@@ -156,11 +218,13 @@ def train(
         None if validation_set is None else infer(loop.model, validation_set, accelerator, workers=options.workers)
     )
     if accelerator.is_main_process:
+        if encoder is not None:
+            put_encoder(model, encoder)
         history_figure(progress.history, run.folder / "history.png")
-        _freeze_threshold(model.config, predictions, validation_set, options.threshold)
+        probabilities = _freeze_decisions(model.config, predictions, validation_set, options)
         _export(model, processor, run.model)
-        if predictions is not None:
-            _report_validation(run, cohort.select(split.validation), predictions.probabilities, model.config, baseline)
+        if probabilities is not None:
+            _report_validation(run, cohort.select(split.validation), probabilities, model.config, baseline)
         logger.info("Model: %s", run.model)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -169,10 +233,19 @@ def train(
     return run.model
 
 
-def evaluate(cohort_options: CohortOptions, options: EvaluateOptions, inference: InferenceOptions) -> dict[str, Any]:
+def evaluate(
+    cohort_options: CohortOptions,
+    options: EvaluateOptions,
+    inference: InferenceOptions,
+    *,
+    cohort: Cohort | None = None,
+) -> dict[str, Any]:
     """Score a trained model on labelled patients, with bootstrap intervals, at its frozen threshold.
 
-    Writes `metrics.json`, `predictions.csv` and `evaluation.png`.
+    Writes `metrics.json`, `predictions.csv`, `evaluation.png`, `figures/` and the page `report.html`.
+
+    Args:
+        cohort: checked, where it has been read before; `None` reads `cohort_options.data`.
 
     Returns:
         The content of `metrics.json`.
@@ -182,7 +255,7 @@ def evaluate(cohort_options: CohortOptions, options: EvaluateOptions, inference:
     """
     accelerator = make_accelerator(inference)
     model, processor = load_model(options.run)
-    cohort = _checked_cohort(cohort_options, accelerator)
+    cohort = cohort or _checked_cohort(cohort_options, accelerator)
     cohort, note = evaluation_patients(cohort, Run(Path(options.run)), options.subset)
     unknown = sorted({patient.label for patient in cohort.patients} - set(model.config.label2id))
     if unknown:
@@ -194,7 +267,7 @@ def evaluate(cohort_options: CohortOptions, options: EvaluateOptions, inference:
     dataset = data.subset([patient.patient_id for patient in cohort.patients])
     model = accelerator.prepare(model)
     predictions = infer(model, dataset, accelerator, workers=inference.workers)
-    folder = Path(options.output or options.run)
+    folder = Path(options.output or Run(Path(options.run)).evaluation)
     report = score_report(
         dataset.label_ids,
         predictions.probabilities,
@@ -203,9 +276,37 @@ def evaluate(cohort_options: CohortOptions, options: EvaluateOptions, inference:
         resamples=options.resamples,
         seed=options.seed,
     )
-    report = {"patients": note, "data": cohort.root.name, "loss": predictions.loss, **report}
+    run, reading = Path(options.run), {"workers": inference.workers, "cache_dir": cohort_options.cache_dir}
+    rows = clinical_rows(run, cohort, predictions.probabilities, model.config)
+    rows += vote_rows(run, cohort, model.config, accelerator, **reading)
+    report["baselines"] = score_rows(
+        dataset.label_ids,
+        predictions.probabilities,
+        model.config.decision_threshold,
+        rows,
+        resamples=options.resamples,
+        seed=options.seed,
+    )
+    report = {
+        "patients": note,
+        "data": cohort.root.name,
+        "precision": accelerator.mixed_precision,
+        "loss": predictions.loss,
+        **report,
+    }
     if accelerator.is_main_process:
+        report |= write_evidence(
+            folder / "figures",
+            cohort,
+            predictions,
+            model.config,
+            rows=rows,
+            auroc=report["scores"]["auroc"],
+            prevalence=options.prevalence,
+            bootstrap=Bootstrap(options.resamples, seed=options.seed),
+        )
         write_evaluation(folder, cohort, predictions.probabilities, model.config, report, stem="metrics")
+        logger.info("Report: %s", write_page(run, evaluation=folder))
     return report
 
 
@@ -278,6 +379,46 @@ class _Bags:
         return BagDataset(rows, self.processor, label2id=self.label2id, **options)
 
 
+class _FeatureBags:
+    """The features of a cohort, and data sets over some of its patients, with the interface of `_Bags`."""
+
+    def __init__(self, cohort: Cohort, model, processor, accelerator: Accelerator, options: TrainingOptions):
+        self.cohort = cohort
+        self.processor = processor
+        self.label2id = model.config.label2id
+        self.features = cached_features(
+            model,
+            processor,
+            cohort,
+            options.feature_cache,
+            views=options.feature_views if options.augment else 0,
+            accelerator=accelerator,
+            chunk_size=model.config.chunk_size,
+            workers=options.workers,
+        )
+
+    def subset(self, ids, *, augmentation: Augmentation | None = None, **options) -> FeatureBags:
+        augmented = augmentation is not None and self.features.views > 0
+        patients, standardizer = self.cohort.select(ids).patients, self.processor.standardizer
+        return FeatureBags(
+            self.features, patients, standardizer, label2id=self.label2id, augmented=augmented, **options
+        )
+
+
+def _check_feature_cache(model_options: ModelOptions, options: TrainingOptions, teaching: Teaching | None) -> None:
+    if options.feature_cache is None:
+        return
+    if not model_options.freeze_encoder or model_options.adapter is not None:
+        raise RecipeError(
+            "--feature-cache: features can be kept of a frozen encoder only. Add --freeze-encoder (and no --adapter), "
+            "or leave --feature-cache out."
+        )
+    if options.feature_views < 0:
+        raise RecipeError(f"--feature-views {options.feature_views}: expected a number of views, 0 for none.")
+    if teaching is not None:
+        raise RecipeError("--feature-cache: a teacher looks at the images themselves; leave it out in distillation.")
+
+
 def _read(options: CohortOptions) -> Cohort:
     return read_cohort(options.data, reference_date=options.reference_date)
 
@@ -292,7 +433,12 @@ def _checked_cohort(options: CohortOptions, accelerator: Accelerator) -> Cohort:
     return shared[0]
 
 
-def _split(cohort: Cohort, options: SplitOptions, seed: int) -> Split:
+def choose_split(cohort: Cohort, options: SplitOptions, seed: int) -> Split:
+    """The split that the options name, or the one that they draw.
+
+    Raises:
+        SplitError: it cannot be read or drawn.
+    """
     if options.split is not None:
         return read_split(options.split, cohort)
     return make_split(
@@ -303,8 +449,16 @@ def _split(cohort: Cohort, options: SplitOptions, seed: int) -> Split:
     )
 
 
-def _record(run: Run, cohort: Cohort, split: Split) -> None:
-    """Store what the run is trained on; on resume, refuse data that has changed meanwhile."""
+def record_data(run: Run, cohort: Cohort, split: Split, learnt: frozenset[str] = frozenset()) -> None:
+    """Store what a run is trained on; on resume, refuse data that has changed meanwhile.
+
+    Args:
+        learnt: images that the weights knew before, from pretraining or through a teacher. They count as training
+            images, so that their patients are never scored as held-out ones.
+
+    Raises:
+        RunError: the data has changed.
+    """
     fingerprint = cohort_fingerprint(cohort)
     if run.cohort.exists():
         recorded = json.loads(run.cohort.read_text())["fingerprint"]
@@ -314,16 +468,17 @@ def _record(run: Run, cohort: Cohort, split: Split) -> None:
                 "Restore it to resume, or start a new run in another --output."
             )
     split.save(run.split)
+    digests = {
+        part: {digest for patient_id in getattr(split, part) for digest in cohort.digests[patient_id]} for part in PARTS
+    }
+    digests["train"] |= learnt
     record = {
         "data": cohort.root.name,
         "fingerprint": fingerprint,
         "patients": {part: len(getattr(split, part)) for part in PARTS},
         "exclusions": [asdict(exclusion) for exclusion in cohort.exclusions],
         "warnings": list(cohort.warnings),
-        "digests": {
-            part: sorted(digest for patient_id in getattr(split, part) for digest in cohort.digests[patient_id])
-            for part in PARTS
-        },
+        "digests": {part: sorted(images) for part, images in digests.items()},
     }
     write_json(run.cohort, record)
 
@@ -378,11 +533,22 @@ def _validate(model, dataset: BagDataset, accelerator: Accelerator, options: Tra
     return {"loss": result.loss, "auroc": scores["auroc"], "balanced_accuracy": scores["balanced_accuracy"]}
 
 
-def _freeze_threshold(config: LymphMILConfig, predictions, validation_set, threshold: float | None) -> None:
-    if threshold is not None:
-        config.decision_threshold = threshold
-    elif config.num_labels == 2 and predictions is not None:
-        config.decision_threshold = choose_threshold(validation_set.label_ids, predictions.probabilities)
+def _freeze_decisions(
+    config: LymphMILConfig, predictions: Inference | None, validation_set: BagDataset | None, options: TrainingOptions
+) -> np.ndarray | None:
+    """Fit on the validation patients what is fitted after training; without them the threshold may still be given."""
+    if predictions is None or config.num_labels == 1:
+        if options.threshold is not None:
+            config.decision_threshold = options.threshold
+        return None
+    return freeze_decisions(
+        config,
+        validation_set.label_ids,
+        predictions.probabilities,
+        calibration=options.calibration,
+        threshold=options.threshold,
+        coverage=options.coverage,
+    )
 
 
 def _export(model: LymphMILForBagClassification, processor: LymphImageProcessor, folder: Path) -> None:
@@ -416,9 +582,11 @@ def _report_validation(
     labels = [config.label2id[patient.label] for patient in cohort.patients]
     report = score_report(labels, probabilities, config)
     if baseline is not None:
-        intervals = baseline.intervals("validation")
-        report["clinical_baseline"] = {name: interval.as_dict() for name, interval in intervals.items()}
-        logger.info("clinical %s alone\n%s", baseline.model.settings.kind, scores_table(intervals))
+        clinical = baseline.probabilities["validation"]
+        blend = Blend.choose(labels, probabilities, clinical)
+        blend.save(run.folder)
+        rows = [Row("clinical alone", clinical, baseline.model.decision_threshold), blend.row(probabilities, clinical)]
+        report["baselines"] = score_rows(labels, probabilities, config.decision_threshold, rows)
     note = "validation patients of this run, which also chose its epoch and its threshold: not a test"
     write_evaluation(run.folder, cohort, probabilities, config, {"patients": note, **report}, stem="validation")
 

@@ -14,10 +14,12 @@ from transformers import AutoModel
 
 from lymph_hf import pretraining, recipes
 from lymph_hf.cell_sources import read_cells
+from lymph_hf.cells import hold_out
 from lymph_hf.cohort import read_cohort, scan_images
 from lymph_hf.configuration_lymph import LymphMILConfig
 from lymph_hf.encoder_weights import load_encoder_weights
 from lymph_hf.encoders import build_encoder
+from lymph_hf.lineage import LineageError
 from lymph_hf.modeling_lymph import LymphMILForBagClassification
 from lymph_hf.modeling_mae import LymphMAEForPreTraining
 from lymph_hf.options_pretrain import PretrainOptions
@@ -25,6 +27,7 @@ from lymph_hf.pretraining import build_optimizer, new_model, pretrain
 from lymph_hf.pretraining_data import EvaluationPatients, PretrainingError, permitted_cells
 from lymph_hf.pretraining_scores import PretrainingValidation
 from lymph_hf.probing import RECORD
+from lymph_hf.splits import make_split
 
 SMALL = {"encoder": "test_vit", "image_size": 32, "decoder_depth": 1, "decoder_width": 32, "decoder_heads": 4}
 SMALL |= {"epochs": 2, "batch_size": 16, "micro_batch": 16, "learning_rate": 1e-3, "tracker": "none", "cpu": True}
@@ -140,6 +143,70 @@ def test_cell_types_are_needed_to_learn_them(tmp_path):
     write_images(tmp_path / "plain", range(4))
     with pytest.raises(PretrainingError, match=r"0 cell types.*needs at least 2"):
         permitted_cells(options(tmp_path / "plain", "", objective="cell-type"))
+
+
+def test_patient_labels_are_learnt_without_evaluation_patients(cohort_folder, tmp_path):
+    """The first stage of the two-stage recipe: cells with the label of their patient."""
+    split_file = tmp_path / "split.json"
+    make_split(read_cohort(cohort_folder), validation_fraction=0.2, test_fraction=0.2).save(split_file)
+    lists = json.loads(split_file.read_text())
+    patients = {patient.patient_id: patient for patient in read_cohort(cohort_folder).patients}
+    wanted = options(
+        cohort_folder,
+        tmp_path / "run",
+        split=str(split_file),
+        objective="patient-label",
+        validation_fraction=0.3,
+        epochs=1,
+        probe_cells=0,
+    )
+    cells, _ = permitted_cells(wanted)
+    assert cells.cell_types == tuple(patients[patient_id].label for patient_id in cells.patient_ids)
+    train, held = hold_out(cells, 0.3, 0, by_type=True)
+    sides = [{(cells.patient_ids[row], cells.cell_types[row]) for row in rows} for rows in (train, held)]
+    assert sides[0].isdisjoint(sides[1]), "patients are held out as a whole"
+    assert all({label for _, label in side} == {"reactive", "tumoral"} for side in sides)
+    encoder = pretrain(wanted)
+    record = json.loads((encoder / RECORD).read_text())
+    assert record["objective"] == "patient-label"
+    assert record["digests"]
+    assert set(record["digests"]) <= digests_of(cohort_folder, lists["train"])
+    assert not digests_of(cohort_folder, lists["validation"] + lists["test"]) & set(record["digests"])
+    assert "validation_balanced_accuracy" in (tmp_path / "run" / "history.csv").read_text()
+
+
+def test_patient_labels_need_patients(typed_cells):
+    with pytest.raises(PretrainingError, match=r"patient-label needs folders of patients"):
+        permitted_cells(options(typed_cells, "", objective="patient-label", split="none"))
+
+
+def test_the_classifier_of_cells_is_exported_as_a_model_of_bags(typed_cells, tmp_path):
+    """Of a bag of one cell it says what the trained classifier says of the cell."""
+    torch.manual_seed(3)
+    wanted = options(typed_cells, tmp_path, objective="cell-type")
+    model, processor = new_model(wanted, ("blast", "lymphocyte"))
+    pretraining.export(model.eval(), processor, tmp_path, {"digests": [], "epochs": 1})
+    loaded = AutoModel.from_pretrained(tmp_path / "classifier")
+    cells = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(cells).logits
+        assert torch.allclose(loaded(pixel_values=cells[:, None]).logits, expected, atol=1e-6)
+        together = loaded(pixel_values=cells, bag_offsets=torch.arange(4)).logits
+    assert torch.allclose(together, expected, atol=1e-6)
+    assert loaded.config.id2label == {0: "blast", 1: "lymphocyte"}
+    assert (tmp_path / "classifier" / "preprocessor_config.json").is_file()
+
+
+def test_an_encoder_that_knows_the_evaluation_patients_is_refused(cohort_folder, trained_run, tiny_options, tmp_path):
+    """Its labels would be those of the patients who choose the epoch; without labels it is a warning."""
+    known = {"split": "none", "epochs": 1, "probe_cells": 0, "validation_fraction": 0.0}
+    labelled = pretrain(options(cohort_folder, tmp_path / "labels", objective="patient-label", **known))
+    with pytest.raises(LineageError, match=r"was trained on \d+ of the \d+ validation and test patients"):
+        recipes.train(*tiny_options(tmp_path / "run", encoder_weights=str(labelled)))
+    permitted = options(
+        cohort_folder, tmp_path / "fair", objective="patient-label", **known | {"split": str(trained_run)}
+    )
+    recipes.train(*tiny_options(tmp_path / "run", encoder_weights=str(pretrain(permitted)), epochs=1))
 
 
 # Weights that arrive ----------------------------------------------------------------------------------------
@@ -287,7 +354,7 @@ def test_the_optimizer_holds_each_parameter_once_and_spares_vectors(objective, b
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert {group["betas"] for group in optimizer.param_groups} == {betas}
-    assert {group["lr"] for group in optimizer.param_groups} == {2 * pretraining.BASE_RATES[objective]}
+    assert {group["lr"] for group in optimizer.param_groups} == {2 * pretraining.OBJECTIVES[objective].base_rate}
     spared = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
     tokens = [model.encoder.pos_embed, model.encoder.cls_token]
     tokens += [model.decoder.mask_token] if objective == "mae" else []

@@ -141,7 +141,7 @@ def test_predictions_do_not_look_at_labels(trained_run, cohort_folder, tmp_path)
         output = tmp_path / f"{folder.name}.csv"
         recipes.predict(data(folder), PredictOptions(run=str(trained_run), output=str(output)), CPU)
         tables.append(pd.read_csv(output))
-    assert list(tables[0].columns) == ["patient_id", "probability", "predicted_label", "cells"]
+    assert list(tables[0].columns) == ["patient_id", "probability", "predicted_label", "decision", "cells"]
     pd.testing.assert_frame_equal(*tables)
 
 
