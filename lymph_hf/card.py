@@ -315,8 +315,8 @@ def _referral(config: Mapping[str, Any], intervals: Mapping[str, Interval]) -> s
     found = {text: intervals.get(name) for name, text in names.items()}
     seen = "; ".join(f"{text} {_with_bounds(value)}" for text, value in found.items() if value and _is_number(value))
     return (
-        f"Conformal prediction sets with a coverage of {conformal['coverage']:.0%} per label: a patient whose set holds "
-        f"one label gets that answer, any other is to be referred to flow cytometry. Scored patients: {seen or 'no score'}."
+        f"Conformal prediction sets with a coverage of {conformal['coverage']:.0%} per label: a patient whose set "
+        f"holds one label gets that answer, any other is to be referred to flow cytometry. Scored: {seen or 'nobody'}."
     )
 
 

@@ -17,6 +17,7 @@ from .metrics import Interval
 from .modeling_ensemble import EnsembleError
 from .options import CohortOptions, ModelOptions, TrainingOptions
 from .options_crossval import CrossvalOptions
+from .precision import with_settled_precision
 from .recipes import ordered_labels, record_data
 from .reporting import scores_table
 from .reporting_crossval import crossval_figure
@@ -51,6 +52,7 @@ def crossval(
         CrossvalError: a fold failed; the message names it.
     """
     run = Run(Path(training.output))
+    training = with_settled_precision(training)
     space = None if options.search is None else SearchSpace.read(options.search)
     groups = (cohort_options, options, model_options, training)
     lock = run.claim({k: v for group in groups for k, v in asdict(group).items()}, resume=training.resume)

@@ -121,7 +121,13 @@ def run_fold(fold: Fold, plan: FoldPlan, cohort: Cohort) -> None:
         )
     split_options = SplitOptions(split=str(fold.split_file), positive_label=plan.options.positive_label)
     train(plan.cohort_options, split_options, model, training, cohort=cohort)
-    evaluation = EvaluateOptions(run=str(fold.folder), subset="test", resamples=plan.options.resamples)
+    evaluation = EvaluateOptions(
+        run=str(fold.folder),
+        subset="test",
+        resamples=plan.options.resamples,
+        figures=False,  # a fold is too small to look at
+        feature_cache=training.feature_cache,
+    )
     inference = InferenceOptions(mixed_precision=training.mixed_precision, workers=training.workers, cpu=training.cpu)
     evaluate(plan.cohort_options, evaluation, inference, cohort=cohort)
     remove_folder(fold.folder / "checkpoints")  # gigabytes over many folds, and nothing is left to resume

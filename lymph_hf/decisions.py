@@ -91,7 +91,7 @@ def _log_sets(config: LymphMILConfig, conformal: Conformal) -> None:
     endless = [config.id2label[i] for i, quantile in enumerate(conformal.quantiles) if np.isinf(quantile)]
     if endless:
         logger.warning(
-            "Prediction sets: too few patients of %s to ever rule it out with coverage %g, so every patient is referred;"
+            "Prediction sets: too few patients of %s to ever rule it out with coverage %g, so everybody is referred;"
             " more validation patients, a lower --coverage or lymph crossval (all patients, out of fold) help.",
             " and of ".join(endless),
             conformal.coverage,

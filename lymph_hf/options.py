@@ -4,10 +4,12 @@
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from .cohort import DEFAULT_REFERENCE_DATE
+from .precision import AUTO, PRECISION_HELP, Precision
 
 
 def option(default: Any, help: str) -> Any:
@@ -45,6 +47,17 @@ def chunk_size_option(text: str) -> int | str | None:
     if not text.isdecimal():
         raise ValueError(f"--chunk-size {text!r}: expected a number of cells, auto or none.")
     return int(text)
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """A table of options as command-line words, so that one parser checks the names and types of both."""
+    flags = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
+        flags += [f"--{name}", *map(str, values)]
+    return flags
 
 
 @dataclass(kw_only=True)
@@ -96,7 +109,11 @@ class ModelOptions:
     fusion: str = option("concat", "how clinical values join; a name in FUSERS, 'none' leaves them out")
     fusion_options: str | None = option(None, "JSON of the fusion's options")
     dropout: float = option(0.1, "dropout before the classifier")
-    chunk_size: str = option("32", "cells that pass the encoder at once: a number, auto (by free memory) or none")
+    chunk_size: str = option(
+        "auto",
+        "cells that pass the encoder at once: a number (the activations of so many are kept), none (all), or auto "
+        "(chunks whose activations are kept as far as memory allows)",
+    )
 
 
 @dataclass(kw_only=True)
@@ -113,6 +130,14 @@ class TrainingOptions:
     micro_batch: int = option(1, "patients per forward pass of one process; changes memory, not the result")
     max_cells: int | None = option(64, "cells sampled per patient and step in training; evaluation uses every cell")
     augment: bool = option(True, "random views of the cells in training")
+    feature_cache: str | None = option(
+        None,
+        "folder that keeps what a frozen encoder gives for each cell, so that later epochs and runs need not encode; "
+        "with --freeze-encoder",
+    )
+    feature_views: int = option(
+        4, "augmented views of each patient in the feature cache, of which training draws one per epoch; 0 draws none"
+    )
     balance: Literal["weights", "sampling", "none"] = option(
         "weights", "against unequal classes: weights in the loss, balanced sampling of patients, or nothing"
     )
@@ -126,7 +151,15 @@ class TrainingOptions:
     threshold: float | None = option(
         None, "decision threshold to freeze; by default the one with the best balanced accuracy in validation"
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "number format of the heavy computations")
+    calibration: Literal["auto", "platt", "temperature", "none"] = option(
+        "auto", "scaling of the probabilities, fitted on the validation patients; auto: platt for two labels"
+    )
+    coverage: float = option(
+        0.9,
+        "share of patients whose prediction set shall hold the right label; sets of more than one label are referred "
+        "to flow cytometry; fitted on the validation patients; 0 fits none",
+    )
+    mixed_precision: Precision = option(AUTO, PRECISION_HELP)
     checkpoint_every: int = option(0, "optimizer steps between checkpoints within an epoch; 0 = epoch ends only")
     workers: int = option(0, "processes that decode images beside the training process")
     tracker: Literal["tensorboard", "trackio", "wandb", "none"] = option("tensorboard", "where curves are logged")
@@ -142,7 +175,7 @@ class InferenceOptions:
 
     _argument_group_name: ClassVar[str] = "inference"
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "number format of the heavy computations")
+    mixed_precision: Precision = option(AUTO, PRECISION_HELP)
     workers: int = option(0, "processes that decode images beside the main process")
     cpu: bool = option(False, "stay on the CPU though there is an accelerator")
 
@@ -163,6 +196,8 @@ class EvaluateOptions:
     prevalence: float | None = option(
         None, "share of positive patients where the model is to be used, for PPV and NPV; 0.18 in one laboratory"
     )
+    figures: bool = option(True, "draw the evidence and write report.html; without it scores and predictions only")
+    feature_cache: str | None = option(None, "folder with features of this model's encoder, as of lymph train")
     resamples: int = option(2000, "bootstrap resamples of patients")
     seed: int = option(0, "of the bootstrap")
 

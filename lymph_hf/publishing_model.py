@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from transformers import AutoImageProcessor, AutoModel
@@ -10,7 +12,7 @@ from transformers import AutoImageProcessor, AutoModel
 from .bags import BagDataset, build_bags
 from .card import FIGURES, model_card
 from .cohort import Cohort, read_cohort, scan_images
-from .files import write_text
+from .files import write_json, write_text
 from .golden import golden_answers, write_golden
 from .hub_push import PublishError
 from .inference import infer
@@ -64,11 +66,32 @@ def stage_run(run: Run, folder: Path, card: CardOptions, *, repo: str, tag: str)
 
 
 def add_card(run: Run, folder: Path, text: str) -> None:
-    """Write the card, with the figures of the run that it shows."""
+    """Write the card, with the figures of the run that it shows, and the scores of held-out patients for programs."""
     write_text(folder / "README.md", text)
+    metrics = run.folder / "metrics.json"
+    if metrics.exists():
+        write_json(folder / "evaluation.json", _published_scores(json.loads(metrics.read_text(encoding="utf-8"))))
     for figure in FIGURES.values():
         if figure in text:
             shutil.copyfile(run.folder / figure, folder / figure)
+
+
+def _published_scores(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `metrics.json` the scores and counts; neither the name of the data nor groups, which may be single patients.
+
+    Four decimals: a longer fraction could be taken for a patient's number.
+    """
+    kept = {name: report[name] for name in ("n", "n_per_label", "interval")}
+    kept["threshold"] = _rounded(report["threshold"])
+    scores = {
+        name: {bound: _rounded(interval[bound]) for bound in ("value", "low", "high")}
+        for name, interval in report["scores"].items()
+    }
+    return kept | {"scores": scores}
+
+
+def _rounded(number: float | None) -> float | None:
+    return None if number is None else round(number, 4)
 
 
 def check_predictions(run: Run, options: PublishOptions) -> str:
@@ -88,13 +111,21 @@ def check_predictions(run: Run, options: PublishOptions) -> str:
     name, table = _stored_table(run, cohort, options.data)
     model, processor = AutoModel.from_pretrained(run.model), AutoImageProcessor.from_pretrained(run.model)
     rows = build_bags(cohort.select(table["patient_id"]), cache_dir=options.cache_dir)
-    accelerator = make_accelerator(InferenceOptions(cpu=True))
+    precision = _recorded_precision(run, name)
+    accelerator = make_accelerator(InferenceOptions(cpu=True, mixed_precision=precision))
     probabilities = infer(accelerator.prepare(model), BagDataset(rows, processor), accelerator).probabilities
     columns = [f"probability_{model.config.id2label[i]}" for i in range(model.config.num_labels)]
     if "probability" in table:
         columns, probabilities = ["probability"], probabilities[:, 1:]
-    refuse([f"{name}: {problem}" for problem in prediction_problems(table, probabilities, columns)])
+    refuse([f"{name}: {problem}" for problem in prediction_problems(table, probabilities, columns, precision)])
     return f"The model reproduces the {len(table)} predictions of {name}."
+
+
+def _recorded_precision(run: Run, name: str) -> str:
+    """The precision in which a table of predictions was computed."""
+    trained = name == "validation.csv"
+    path, key = (run.settings, "mixed_precision") if trained else (run.folder / "metrics.json", "precision")
+    return json.loads(path.read_text(encoding="utf-8")).get(key, "no")
 
 
 def _stored_table(run: Run, cohort: Cohort, data: str) -> tuple[str, pd.DataFrame]:

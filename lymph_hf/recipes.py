@@ -182,7 +182,9 @@ def train(
     if options.feature_cache is None:
         data = _Bags(cohort, processor, model.config.label2id, cohort_options.cache_dir, accelerator)
     else:
-        data = _FeatureBags(cohort.select(split.train + split.validation), model, processor, accelerator, options)
+        seen, views = cohort.select(split.train + split.validation), options.feature_views if options.augment else 0
+        cache, workers = options.feature_cache, options.workers
+        data = _FeatureBags(seen, model, processor, accelerator, cache, views=views, workers=workers)
         encoder = take_encoder(model)
         options = replace(options, workers=0)  # nothing is left to decode
     train_set = data.subset(
@@ -263,7 +265,10 @@ def evaluate(
             f"{cohort.root}: label(s) {unknown} are not among the model's {sorted(model.config.label2id)}. "
             "Evaluate on patients with the labels the model was trained for."
         )
-    data = _Bags(cohort, processor, model.config.label2id, cohort_options.cache_dir, accelerator)
+    if options.feature_cache is None:
+        data = _Bags(cohort, processor, model.config.label2id, cohort_options.cache_dir, accelerator)
+    else:
+        data = _FeatureBags(cohort, model, processor, accelerator, options.feature_cache, workers=inference.workers)
     dataset = data.subset([patient.patient_id for patient in cohort.patients])
     model = accelerator.prepare(model)
     predictions = infer(model, dataset, accelerator, workers=inference.workers)
@@ -295,18 +300,20 @@ def evaluate(
         **report,
     }
     if accelerator.is_main_process:
-        report |= write_evidence(
-            folder / "figures",
-            cohort,
-            predictions,
-            model.config,
-            rows=rows,
-            auroc=report["scores"]["auroc"],
-            prevalence=options.prevalence,
-            bootstrap=Bootstrap(options.resamples, seed=options.seed),
-        )
+        if options.figures:
+            report |= write_evidence(
+                folder / "figures",
+                cohort,
+                predictions,
+                model.config,
+                rows=rows,
+                auroc=report["scores"]["auroc"],
+                prevalence=options.prevalence,
+                bootstrap=Bootstrap(options.resamples, seed=options.seed),
+            )
         write_evaluation(folder, cohort, predictions.probabilities, model.config, report, stem="metrics")
-        logger.info("Report: %s", write_page(run, evaluation=folder))
+        if options.figures:
+            logger.info("Report: %s", write_page(run, evaluation=folder))
     return report
 
 
@@ -382,7 +389,9 @@ class _Bags:
 class _FeatureBags:
     """The features of a cohort, and data sets over some of its patients, with the interface of `_Bags`."""
 
-    def __init__(self, cohort: Cohort, model, processor, accelerator: Accelerator, options: TrainingOptions):
+    def __init__(
+        self, cohort: Cohort, model, processor, accelerator: Accelerator, folder: str, *, views: int = 0, workers: int
+    ):
         self.cohort = cohort
         self.processor = processor
         self.label2id = model.config.label2id
@@ -390,11 +399,11 @@ class _FeatureBags:
             model,
             processor,
             cohort,
-            options.feature_cache,
-            views=options.feature_views if options.augment else 0,
+            folder,
+            views=views,
             accelerator=accelerator,
             chunk_size=model.config.chunk_size,
-            workers=options.workers,
+            workers=workers,
         )
 
     def subset(self, ids, *, augmentation: Augmentation | None = None, **options) -> FeatureBags:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from PIL import Image
 
 from .files import write_text
 from .metrics import Interval
@@ -28,7 +29,7 @@ EVALUATION_FIGURES = (
     (
         "figures/curves.png",
         "ROC and precision-recall curves",
-        "The network with its band, and what stands beside it. Where the clinic alone draws the same, images added nothing.",
+        "The network with its band, beside the others. Where the clinic alone draws the same, images added nothing.",
     ),
     (
         "figures/calibration.png",
@@ -133,14 +134,17 @@ def _compared(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], M
     return rows + [(name, row["scores"], row["network_lead"]["auroc"]) for name, row in baselines.items()]
 
 
-def _pictures(folder: Path, figures: tuple[tuple[str, str, str], ...]) -> list[dict[str, str]]:
+def _pictures(folder: Path, figures: tuple[tuple[str, str, str], ...]) -> list[dict[str, Any]]:
     """Pictures that are there, as data that a page may hold."""
     found = []
     for name, heading, text in figures:
         path = folder / name
         if path.is_file():
             data = base64.b64encode(path.read_bytes()).decode("ascii")
-            found.append({"heading": heading, "text": text, "source": f"data:image/png;base64,{data}"})
+            with Image.open(path) as picture:  # shown as large as it was drawn, so that all letters are alike
+                width = round(96 * picture.width / picture.info.get("dpi", (96,))[0])
+            source = f"data:image/png;base64,{data}"
+            found.append({"heading": heading, "text": text, "source": source, "width": width})
     return found
 
 

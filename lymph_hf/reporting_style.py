@@ -45,6 +45,7 @@ STYLE: dict[str, Any] = {
 _SCORE_NAMES = {
     "balanced_accuracy": "balanced accuracy",
     "auroc": "AUROC",
+    "auroc_within_folds": "AUROC within folds",
     "auprc": "AUPRC",
     "brier": "Brier score",
     "sensitivity_at_95_specificity": "sensitivity at 95 % specificity",

@@ -35,7 +35,7 @@ from lymph_hf.feature_keys import bag_digest, feature_key
 from lymph_hf.feature_source import FeatureError, FeatureSource
 from lymph_hf.feature_store import FeatureStore, StoredBag
 from lymph_hf.features import FeatureBags, cached_features, encoder_of, put_encoder, take_encoder
-from lymph_hf.options import CohortOptions, InferenceOptions
+from lymph_hf.options import CohortOptions, EvaluateOptions, InferenceOptions
 from lymph_hf.options_features import FeatureBuildOptions, FeatureListOptions, FeaturePruneOptions
 from lymph_hf.recipes import RecipeError
 from lymph_hf.training import make_accelerator
@@ -435,6 +435,19 @@ def test_training_from_the_cache_equals_training_from_images(tiny_options, tmp_p
     torch.testing.assert_close(features, images, rtol=1e-3, atol=1e-5)
     checkpoint = next((tmp_path / "features/checkpoints").glob("step-*/model.safetensors"))
     assert not [name for name in load_file(checkpoint) if "encoder" in name], "what does not learn is not stored again"
+
+
+def test_evaluation_from_the_cache_equals_evaluation_from_images(trained_run, cohort_folder, encoded, tmp_path):
+    tables = []
+    for name, cache in (("images", None), ("cache", str(tmp_path / "cache")), ("again", str(tmp_path / "cache"))):
+        before = len(encoded)
+        options = EvaluateOptions(run=str(trained_run), output=str(tmp_path / name), figures=False, feature_cache=cache)
+        recipes.evaluate(CohortOptions(data=str(cohort_folder)), options, InferenceOptions(cpu=True))
+        tables.append(pd.read_csv(tmp_path / name / "predictions.csv"))
+        assert not (tmp_path / name / "report.html").exists()
+    assert len(encoded) == before, "the second time nothing is encoded"
+    for table in tables[1:]:
+        pd.testing.assert_frame_equal(table, tables[0], atol=1e-5)
 
 
 def test_training_draws_views_and_later_runs_encode_nothing(tiny_options, encoded, tmp_path):

@@ -8,6 +8,7 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
+import answers
 import numpy as np
 import pytest
 import torch
@@ -112,6 +113,29 @@ def test_an_unfinished_run_and_a_card_without_facts_are_refused(trained_run, tmp
         publish(options(tmp_path), FACTS)
     with pytest.raises(CardError, match="--reference-standard"):
         publish(options(trained_run), replace(FACTS, reference_standard=None))
+
+
+def test_scores_of_held_out_patients_go_along_without_data_and_groups(trained_run, tmp_path):
+    """The Space computes predictive values from them, of the run or of what was published of it."""
+    run = Path(shutil.copytree(trained_run, tmp_path / "run"))
+    report = json.loads((run / "validation.json").read_text())
+    group = {"variable": "age", "group": "< 50 years", "n": 1, "positives": 1, "scores": report["scores"]}
+    report |= {"data": "ward 7", "subgroups": [group], "baselines": {"clinical alone": {"scores": {}}}}
+    report["scores"]["sensitivity"] = {"value": 2 / 3, "low": 0.5, "high": 1.0, "level": 0.95, "dropped": 0.1}
+    (run / "metrics.json").write_text(json.dumps(report))
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    stage_run(Run(run), folder, FACTS, repo="org/staged", tag="v1")
+    scores = json.loads((folder / "evaluation.json").read_text())
+    assert set(scores) == {"n", "n_per_label", "interval", "threshold", "scores"}
+    assert scores["scores"]["sensitivity"] == {"value": 0.6667, "low": 0.5, "high": 1.0}
+    assert scores["n_per_label"] == report["n_per_label"]
+    assert (folder / "evaluation.json").stat().st_size < 5_000
+    assert folder_problems(folder, run_identifiers(Run(run))) == []
+    performance = answers.Predictor(str(folder)).performance
+    assert performance.sensitivity == 0.6667 and performance.patients == report["n"]
+    ppv, npv = performance.predictive_values(0.2)
+    assert 0 <= ppv <= 1 and 0 <= npv <= 1
 
 
 # What may not leave -------------------------------------------------------------------------------------------

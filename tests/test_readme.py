@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_python_of_the_first_screen_runs(trained_run, cohort_folder):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     patient = sorted((cohort_folder / "images").iterdir())[0]
-    code = code.replace("data/demo-test/images/P001", str(patient)).replace("runs/demo", str(trained_run))
+    code = code.replace("data/demo-test/images/P001", str(patient)).replace("runs/demo/patients", str(trained_run))
     assert str(patient) in code
     assert str(trained_run) in code
     names: dict = {}
