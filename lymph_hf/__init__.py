@@ -7,10 +7,12 @@ Importing the package registers its models with the Auto classes of transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from .adapters import ADAPTERS, attach_adapter
+from .configuration_ensemble import LymphMILEnsembleConfig
 from .configuration_lymph import LymphMILConfig
 from .configuration_mae import LymphMAEConfig
 from .encoders import resolve_encoder
 from .fusion import FUSERS
+from .modeling_ensemble import LymphMILEnsembleForBagClassification
 from .modeling_lymph import LymphMILForBagClassification, LymphMILModel
 from .modeling_mae import LymphMAEForPreTraining
 from .pipeline_lymph import LymphPatientPipeline
@@ -22,6 +24,10 @@ AutoConfig.register(LymphMILConfig.model_type, LymphMILConfig)
 # A tuple: the class to build follows the `architectures` entry of the saved configuration.
 AutoModel.register(LymphMILConfig, (LymphMILModel, LymphMILForBagClassification))
 AutoImageProcessor.register(LymphMILConfig, image_processor_classes={"torchvision": LymphImageProcessor})
+
+AutoConfig.register(LymphMILEnsembleConfig.model_type, LymphMILEnsembleConfig)
+AutoModel.register(LymphMILEnsembleConfig, LymphMILEnsembleForBagClassification)
+AutoImageProcessor.register(LymphMILEnsembleConfig, image_processor_classes={"torchvision": LymphImageProcessor})
 
 AutoConfig.register(LymphMAEConfig.model_type, LymphMAEConfig)
 AutoModel.register(LymphMAEConfig, LymphMAEForPreTraining)
@@ -37,6 +43,8 @@ __all__ = [
     "LymphMAEConfig",
     "LymphMAEForPreTraining",
     "LymphMILConfig",
+    "LymphMILEnsembleConfig",
+    "LymphMILEnsembleForBagClassification",
     "LymphMILForBagClassification",
     "LymphMILModel",
     "LymphPatientPipeline",

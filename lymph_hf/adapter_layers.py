@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -293,16 +294,21 @@ class PartialLowRank(nn.Module):
         for part in parts:
             nn.init.zeros_(self.up[part].weight)
 
-    def change(self, part: str, x: Tensor) -> Tensor:
-        """Inputs (..., input_size) -> change of one part (..., width)."""
-        return self.scale * self.up[part](self.down[part](self.dropout(x)))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs (..., input_size) -> (..., P rank) and (P rank, 3 width), whose product is the change; P parts."""
+        return F.linear(self.dropout(x), self._down()), self._up().mT
 
     def delta(self) -> Tensor:
         """Change of the fused weight, (3 width, input_size)."""
-        some = self.down[self.parts[0]].weight
-        none = some.new_zeros(self.width, some.shape[1])
-        changes = [self.scale * self.up[p].weight @ self.down[p].weight if p in self.parts else none for p in "qkv"]
-        return torch.cat(changes)
+        return self._up() @ self._down()
+
+    def _down(self) -> Tensor:
+        return torch.cat([self.down[part].weight for part in self.parts])
+
+    def _up(self) -> Tensor:
+        """(3 width, P rank): zeros where a part meets the hidden values of another."""
+        none = self.up[self.parts[0]].weight.new_zeros(self.width, 0)
+        return self.scale * torch.block_diag(*(self.up[p].weight if p in self.parts else none for p in "qkv"))
 
 
 class PartialLowRankLayer(AdapterLayer):
@@ -318,12 +324,13 @@ class PartialLowRankLayer(AdapterLayer):
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
 
     def _adapted(self, branches, x, *args, **kwargs):
-        parts = dict(zip("qkv", self.base_layer(x, *args, **kwargs).chunk(3, dim=-1), strict=True))
+        y = self.base_layer(x, *args, **kwargs)
         for branch in branches:
-            inputs = x.to(branch.down[branch.parts[0]].weight.dtype)
-            for part in branch.parts:
-                parts[part] = parts[part] + branch.change(part, inputs).to(parts[part].dtype)
-        return torch.cat(list(parts.values()), dim=-1)
+            hidden, up = branch(x.to(branch.down[branch.parts[0]].weight.dtype))
+            # Product and sum in one pass: on a CPU the step waits for memory more than for the products.
+            rows = torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2).to(y.dtype), up.to(y.dtype))
+            y = rows.view(y.shape)
+        return y
 
     @property
     def _merged_parameter(self):

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter_methods import ADAPTERS
-from .adapter_targets import AdapterError, EncoderParts, head_modules, unwrapped
+from .adapter_targets import AdapterError, EncoderParts, head_modules, original, unwrapped
 from .adapter_tuners import register_methods
 from .encoders import encoder_data_config
 
@@ -62,7 +62,9 @@ def adapter_config(model: nn.Module, adapter: str | PeftConfig, **options) -> Pe
 
 def applicable_adapters(model: nn.Module) -> list[str]:
     """Names in `ADAPTERS` that apply to the encoder of a patient model with their default options."""
-    return [name for name, build in ADAPTERS.items() if _applies(build, unwrapped(model))]
+    model = unwrapped(model)
+    called = _called_modules(model)
+    return [name for name, build in ADAPTERS.items() if _applies(build, model, called)]
 
 
 def attach_adapter(
@@ -102,14 +104,16 @@ def attach_adapter(
         else:
             model = get_peft_model(model, config, adapter_name=adapter_name)
     model.train(was_training)
-    idle = _idle_layers(unwrapped(model))
+    base = unwrapped(model)
+    idle = _idle_layers(base)
     if idle:
+        others = ", ".join(applicable_adapters(model))
         model.delete_adapter(adapter_name)
         if not model.peft_config:
             model.unload()
         raise AdapterError(
             f"The encoder {model.config.encoder!r} never calls {', '.join(idle[:3])}: it reads the weight alone, so an "
-            f"adapter there would do nothing. Choose other targets, or another of {', '.join(ADAPTERS)}."
+            f"adapter there would do nothing. Choose other targets, or one of {others}."
         )
     return model
 
@@ -144,29 +148,37 @@ def _check_options(adapter: str, options: dict) -> None:
         raise AdapterError(f"adapter {adapter!r} has no option {', '.join(unknown)}; expected some of: {legal}.")
 
 
-def _applies(build: Callable[..., PeftConfig], model: PreTrainedModel) -> bool:
+def _applies(build: Callable[..., PeftConfig], model: PreTrainedModel, called: set[nn.Module]) -> bool:
     try:
-        build(model)
+        targets = build(model).target_modules
     except AdapterError:
         return False
-    return True
+    modules = EncoderParts(model).modules
+    return all(modules[name] in called for name in targets)
 
 
 def _idle_layers(model: PreTrainedModel) -> list[str]:
-    """Adapted layers that two blank images do not reach."""
+    """Adapted layers that the encoder does not call."""
+    called = _called_modules(model)
+    layers = EncoderParts(model).encoder.named_modules()
+    return [name for name, layer in layers if isinstance(layer, BaseTunerLayer) and original(layer) not in called]
+
+
+def _called_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """Modules of the encoder, without their adapters, that two blank images pass."""
     encoder = EncoderParts(model).encoder
-    layers = {module: name for name, module in encoder.named_modules() if isinstance(module, BaseTunerLayer)}
-    reached = set()
-    hooks = [layer.register_forward_pre_hook(lambda layer, _: reached.add(layer)) for layer in layers]
-    parameter = next(encoder.parameters())
-    images = parameter.new_zeros(2, *encoder_data_config(model.config)["input_size"])
+    called = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: called.add(original(module))) for module in encoder.modules()
+    ]
+    images = next(encoder.parameters()).new_zeros(2, *encoder_data_config(model.config)["input_size"])
     try:
         with _evaluation(encoder), torch.no_grad():
             encoder(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return [name for layer, name in layers.items() if layer not in reached]
+    return called
 
 
 @contextmanager

@@ -17,8 +17,15 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArgumentParser
 
 from . import options as o
+from . import options_bench as ob
+from . import options_crossval as oc
+from . import options_distill as od
+from . import options_explain as oe
+from . import options_features as of
 from . import options_pretrain as p
 from . import options_publish as op
+from . import options_recipe as orc
+from . import options_report as orp
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -59,6 +66,12 @@ COMMANDS = {
         "say what is in a folder of patients, what is left out and why, and draw it",
         ("lymph cohort check cohort",),
     ),
+    "cohort download": Command(
+        "publishing_data:download",
+        (op.DownloadOptions,),
+        "make a folder of patients of a data set on the Hub",
+        ("lymph cohort download org/name --output cohort",),
+    ),
     "train": Command(
         "recipes:train",
         (o.CohortOptions, o.SplitOptions, o.ModelOptions, o.TrainingOptions),
@@ -70,16 +83,52 @@ COMMANDS = {
             "accelerate launch scripts/train.py --data cohort --output runs/first",
         ),
     ),
+    "crossval": Command(
+        "crossval:crossval",
+        (o.CohortOptions, oc.CrossvalOptions, o.ModelOptions, o.TrainingOptions),
+        "cross-validate a patient model, and save the models of the folds as one",
+        (
+            "lymph crossval --data cohort --output runs/folds --folds 5 --repeats 3",
+            "lymph crossval --data cohort --output runs/folds --jobs 2 --resume",
+            "lymph crossval --data cohort --output runs/nested --search search.yaml --trials 20",
+        ),
+    ),
     "pretrain": Command(
         "pretraining:pretrain",
         (p.PretrainOptions,),
-        "pretrain a cell encoder (masked autoencoder, or cell types)",
+        "pretrain a cell encoder (masked autoencoder, cell types, or the patients' labels)",
         (
             "lymph pretrain --data cells --output runs/mae",
             "lymph pretrain --data cells cohort --split runs/first --output runs/mae",
+            "lymph pretrain --data cohort --split runs/first --objective patient-label --output runs/cells",
             "lymph pretrain --data cells --objective cell-type --encoder-weights runs/mae/encoder --output runs/types",
             "accelerate launch scripts/pretrain_mae.py --data cells --output runs/mae",
         ),
+    ),
+    "recipe": Command(
+        "recipe_files:run_recipe",
+        (orc.RecipeOptions,),
+        "run stages that follow each other, with one split; finished ones are skipped",
+        (
+            "lymph recipe scripts/recipes/two-stage.yaml --check",
+            "lymph recipe scripts/recipes/two-stage.yaml --output runs/two-stage",
+        ),
+    ),
+    "distill": Command(
+        "distillation:distill",
+        (o.CohortOptions, o.SplitOptions, o.ModelOptions, o.TrainingOptions, od.DistillOptions),
+        "train a small patient model beside a trained teacher",
+        (
+            "lymph distill --teacher runs/first --data cohort --split runs/first/split.json --output runs/small",
+            "lymph distill --teacher runs/a runs/b --data cohort --split split.json --alpha 0.3 --output runs/small",
+            "lymph distill --teacher runs/a/clinical-model --data cohort --split runs/a/split.json --output runs/small",
+        ),
+    ),
+    "image-vote": Command(
+        "image_vote:image_vote",
+        (o.CohortOptions, orc.ImageVoteOptions, o.InferenceOptions),
+        "put the vote of a patient's cells beside a patient model, as a baseline",
+        ("lymph image-vote runs/second --classifier runs/cells --data cohort",),
     ),
     "probe": Command(
         "probing:probe",
@@ -93,6 +142,12 @@ COMMANDS = {
         "score a model on labelled patients, with confidence intervals",
         ("lymph evaluate runs/first --data cohort",),
     ),
+    "report": Command(
+        "report_page:report",
+        (orp.ReportOptions,),
+        "show a scored run as one HTML page",
+        ("lymph report runs/first", "lymph report runs/first --evaluation runs/other --output first.html"),
+    ),
     "predict": Command(
         "recipes:predict",
         (o.CohortOptions, o.PredictOptions, o.InferenceOptions),
@@ -102,18 +157,76 @@ COMMANDS = {
             "lymph predict runs/first --data challenge --output submission.csv --submission",
         ),
     ),
+    "features build": Command(
+        "feature_commands:build",
+        (o.CohortOptions, of.FeatureBuildOptions, o.InferenceOptions),
+        "keep what a frozen encoder gives for each cell, for lymph train --freeze-encoder --feature-cache",
+        (
+            "lymph features build --data cohort --run runs/first --feature-cache cache",
+            "lymph features build --data cohort --encoder resnet18 --encoder-weights timm --feature-cache cache",
+        ),
+    ),
+    "features list": Command(
+        "feature_commands:list_features",
+        (of.FeatureListOptions,),
+        "say what a cache of features holds",
+        ("lymph features list --feature-cache cache",),
+    ),
+    "features prune": Command(
+        "feature_commands:prune",
+        (of.FeaturePruneOptions,),
+        "remove features by age or size",
+        (
+            "lymph features prune --feature-cache cache --older-than 30 --dry-run",
+            "lymph features prune --feature-cache cache --keep-size 2",
+        ),
+    ),
+    "explain": Command(
+        "explaining:explain",
+        (o.CohortOptions, oe.ExplainOptions, oe.JudgeOptions),
+        "show the cells and clinical values behind an answer, or judge the ranking of the cells",
+        (
+            "lymph explain runs/first --data cohort --patient P001 --output explanations",
+            "lymph explain runs/first --data cohort --judge cohort/cells.csv --positive cll_like --output judgement",
+        ),
+    ),
     "publish": Command(
         "publishing:publish",
         (op.PublishOptions, op.CardOptions),
-        "check a finished run and publish it on the Hub",
+        "check and publish a model, adapter, encoder, data set or Space on the Hub",
         (
             "lymph publish runs/first --repo org/name --config card.yaml --dry-run",
             "lymph publish runs/first --repo org/name --config card.yaml --private",
+            "lymph publish runs/lora --repo org/adapter --base-model org/base --config card.yaml",
+            "lymph publish runs/mae --repo org/encoder --config card.yaml --probe runs/probe/probe.json",
+            (
+                "lymph publish --data cohort --repo-type dataset --repo org/cells --config card.yaml "
+                "--patients-may-be-published"
+            ),
+            "lymph publish --space space --repo org/space",
         ),
+    ),
+    "bench": Command(
+        "bench:bench",
+        (ob.BenchOptions,),
+        "measure prediction and training of a patient beside the plain way, on this machine",
+        ("lymph bench", "lymph bench runs/first --cells 100", "lymph bench --encoder resnet18 --adapter residual"),
     ),
 }
 # The one option of a command that may be given without its flag.
-POSITIONAL = {"synth": "output", "cohort check": "data", "evaluate": "run", "predict": "run", "publish": "run"}
+POSITIONAL = {
+    "synth": "output",
+    "cohort check": "data",
+    "cohort download": "repo",
+    "evaluate": "run",
+    "report": "run",
+    "explain": "run",
+    "predict": "run",
+    "publish": "run",
+    "recipe": "file",
+    "image-vote": "run",
+    "bench": "run",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command.run(parsed)
     except KeyboardInterrupt:
-        advice = " Run the same command with --resume to go on." if name in ("train", "pretrain") else ""
+        resumable = name in ("train", "crossval", "pretrain", "distill")
+        advice = " Run the same command with --resume to go on." if resumable else ""
         logger.error("Interrupted.%s", advice)
         return 130
     except (ValueError, RuntimeError, OSError, StrictDataclassError) as error:
@@ -224,7 +338,7 @@ def _from_config(parser: HfArgumentParser, arguments: list[str]) -> list[str]:
         parser.error(f"--config {path}: {error}")
     if not isinstance(content, dict):
         parser.error(f"--config {path}: expected a table of options, such as 'epochs: 40'.")
-    return _as_flags(content)
+    return o.as_flags(content)
 
 
 def _from_saved_run(arguments: list[str]) -> list[str]:
@@ -232,17 +346,7 @@ def _from_saved_run(arguments: list[str]) -> list[str]:
     if "--resume" not in arguments or "--output" not in arguments[:-1]:
         return []
     settings = Path(arguments[arguments.index("--output") + 1]) / "settings.json"
-    return _as_flags(json.loads(settings.read_text())) if settings.exists() else []
-
-
-def _as_flags(settings: dict[str, Any]) -> list[str]:
-    flags = []
-    for name, value in settings.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
-        flags += [f"--{name}", *map(str, values)]
-    return flags
+    return o.as_flags(json.loads(settings.read_text())) if settings.exists() else []
 
 
 def _log_to_terminal() -> None:

@@ -270,7 +270,7 @@ def _scan_all(paths: list[Path], workers: int, strict: bool, progress: bool) -> 
     pool = ThreadPoolExecutor(workers)
     try:
         results = zip(paths, pool.map(_scan_one, paths), strict=True)
-        for path, result in tqdm(results, total=len(paths), desc="checking images", disable=not progress):
+        for path, result in tqdm(results, total=len(paths), desc="checking images", disable=None if progress else True):
             if strict and result.error is not None:
                 raise CohortError(
                     f"{path.parent.name}/{path.name}: {result.error}; replace the file or scan without strict"

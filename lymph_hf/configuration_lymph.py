@@ -36,9 +36,10 @@ class LymphMILConfig(PreTrainedConfig):
             Order of the columns of `clinical`. `None` means age, sex and lymphocyte count; an empty list means that
             the model takes no clinical value.
         dropout (`float`, defaults to 0.1): Dropout before the classifier, in [0, 1).
-        chunk_size (`int` or `"auto"`, *optional*, defaults to 32):
-            Cells that pass the encoder at once, which bounds the working memory; `"auto"` takes what fits into half
-            of the free memory, `None` passes all at once.
+        chunk_size (`int` or `"auto"`, *optional*, defaults to `"auto"`):
+            Cells that pass the encoder at once. A number bounds the working memory: in training, the activations of
+            so many cells are kept. `"auto"` passes chunks too, and keeps as many activations as fit into half of the
+            free memory; `None` passes all at once.
         class_weights (`list[float]`, *optional*):
             One weight per label in the loss. The loss is `mean(w[y] * cross_entropy)` over patients, so weights
             keep their effect when a batch holds a single patient. `None` weighs all alike.
@@ -83,7 +84,7 @@ class LymphMILConfig(PreTrainedConfig):
     fusion_options: dict[str, Any] | None = None
     clinical_features: list[str] | tuple[str, ...] | None = None
     dropout: float | int = 0.1
-    chunk_size: int | Literal["auto"] | None = 32
+    chunk_size: int | Literal["auto"] | None = "auto"
     class_weights: list[float | int] | tuple[float | int, ...] | None = None
     label_smoothing: float | int = 0.0
     decision_threshold: float | int = 0.5

@@ -124,7 +124,7 @@ def encode_cells(encoder: nn.Module, cells: torch.Tensor, chunk_size: int | str 
     Args:
         encoder: from `build_encoder`.
         cells: (N, 3, H, W), normalised by the image processor.
-        chunk_size: at least 1; `None` means all at once, `"auto"` what fits into half of the free memory.
+        chunk_size: as in `encode_in_chunks`: at least 1, `None` for all at once, or `"auto"`.
 
     Returns:
         (N, D)

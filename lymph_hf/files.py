@@ -55,6 +55,12 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def folder_files(folder: Path) -> dict[str, Path]:
+    """Every file of a folder by its path inside, with slashes, sorted."""
+    paths = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file in one step."""
     with writing_file(path) as beside:

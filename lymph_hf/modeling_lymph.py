@@ -12,6 +12,7 @@ from .configuration_lymph import LymphMILConfig
 from .encoders import build_encoder, embedding_size, encode_cells
 from .fusion import build_fuser
 from .modeling_adapters import AdapterLoading
+from .modeling_loading import CheckedLoading
 from .pooling import build_pooler, check_bags
 
 
@@ -38,7 +39,7 @@ class LymphMILOutput(ModelOutput):
 
     Attributes:
         loss: scalar, when `labels` were given; the pooling's auxiliary loss included.
-        logits: (B, num_labels)
+        logits: (B, num_labels), calibrated when the configuration holds a calibration.
         attentions: (B, N), the weight of each cell, 0 on padding.
         bag_embedding: (B, E), the patient.
     """
@@ -53,7 +54,7 @@ def _is_loaded(tensor: torch.Tensor) -> bool:
     return getattr(tensor, "_is_hf_initialized", False)
 
 
-class LymphMILPreTrainedModel(AdapterLoading, PreTrainedModel):
+class LymphMILPreTrainedModel(CheckedLoading, AdapterLoading, PreTrainedModel):
     """Loading, saving and initialisation shared by the patient models."""
 
     config: LymphMILConfig
@@ -151,10 +152,12 @@ class LymphMILModel(LymphMILPreTrainedModel):
             ValueError: a patient without cells, or inputs that do not fit together.
         """
         if cell_embeddings is None:
-            cell_embeddings, bag_mask = self._encode(pixel_values, bag_mask, bag_offsets)
+            cell_embeddings, bag_mask = self.encode_bags(pixel_values, bag_mask, bag_offsets)
         else:
             bag_mask = _mask_of(cell_embeddings, bag_mask)
-        cell_embeddings = cell_embeddings.to(self.dtype)
+        # The mean has no parameters, and an encoder may have been taken out: then the embeddings keep their precision.
+        own = (parameter.dtype for parameter in self.parameters())
+        cell_embeddings = cell_embeddings.to(next(own, cell_embeddings.dtype))
         auxiliary_losses = []
 
         def pool(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +167,8 @@ class LymphMILModel(LymphMILPreTrainedModel):
             return embedding, weights
 
         is_attention = self.pooler is None or self.pooler.is_attention
-        bag_embedding, attentions = self.fuser(cell_embeddings, bag_mask, clinical, pool, is_attention=is_attention)
+        with _without_autocast(cell_embeddings):
+            bag_embedding, attentions = self.fuser(cell_embeddings, bag_mask, clinical, pool, is_attention=is_attention)
         return LymphMILModelOutput(
             bag_embedding=bag_embedding,
             attentions=attentions,
@@ -172,7 +176,7 @@ class LymphMILModel(LymphMILPreTrainedModel):
             auxiliary_loss=sum(auxiliary_losses) if auxiliary_losses else None,
         )
 
-    def _encode(self, pixel_values, bag_mask, bag_offsets) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_bags(self, pixel_values, bag_mask=None, bag_offsets=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Only real cells pass the encoder: padding costs nothing and cannot leak. -> (B, N, D), (B, N)"""
         cells, bag_mask = _real_cells(pixel_values, bag_mask, bag_offsets)
         check_bags(bag_mask)
@@ -229,7 +233,8 @@ class LymphMILForBagClassification(LymphMILPreTrainedModel):
             cell_embeddings=cell_embeddings,
             labels=labels if self.config.num_labels > 1 else None,
         )
-        logits = self.classifier(self.dropout(outputs.bag_embedding))
+        with _without_autocast(outputs.bag_embedding):
+            logits = calibrated(self.classifier(self.dropout(outputs.bag_embedding)), self.config.calibration)
         return LymphMILOutput(
             loss=None if labels is None else self._loss(logits, labels, outputs.auxiliary_loss),
             logits=logits,
@@ -250,6 +255,21 @@ class LymphMILForBagClassification(LymphMILPreTrainedModel):
                 losses = losses * losses.new_tensor(self.config.class_weights)[labels]
             loss = losses.mean()
         return loss if auxiliary_loss is None else loss + auxiliary_loss
+
+
+def _without_autocast(tensor: torch.Tensor) -> torch.autocast:
+    """Mixed precision is for the encoder: what follows costs next to nothing, and logits in bfloat16 would tie."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def calibrated(logits: torch.Tensor, calibration: dict | None) -> torch.Tensor:
+    """(B, C) -> (B, C): temperature or Platt scaling by what a configuration holds; see `LymphMILConfig`."""
+    if calibration is None:
+        return logits
+    if calibration["method"] == "temperature":
+        return logits / calibration["temperature"]
+    odds = calibration["slope"] * (logits[:, 1] - logits[:, 0]) + calibration["intercept"]
+    return torch.stack([-odds / 2, odds / 2], dim=-1)
 
 
 def _real_cells(pixel_values, bag_mask, bag_offsets) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Options of `lymph publish`: where to, and what a run cannot know about its data."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from .options import option
 
@@ -12,15 +12,27 @@ class PublishOptions:
 
     _argument_group_name: ClassVar[str] = "publication"
 
-    run: str = option(..., "run folder with a finished model")
+    run: str | None = option(None, "run folder of lymph train or lymph pretrain, finished")
     repo: str = option(..., "repository on the Hub, organisation/name")
+    repo_type: Literal["model", "dataset"] = option(
+        "model", "dataset: publish the patients of --data, with numbers in place of their identifiers"
+    )
+    space: str | None = option(None, "folder of a Space to publish")
     dry_run: bool = option(False, "check and list everything that would be sent, and send nothing")
     output: str | None = option(None, "folder in which to leave what is sent; an older one is replaced")
     private: bool = option(False, "make the repository private; an existing public one is then refused")
     tag: str = option("v1", "name of this version on the Hub, which the card's examples pin")
     data: str | None = option(
-        None, "folder of the run's patients, or of those of its last evaluation: the stored predictions are reproduced"
+        None,
+        "folder of the run's patients, or of those of its last evaluation: the stored predictions are reproduced; "
+        "with --repo-type dataset the patients that are published",
     )
+    patients_may_be_published: bool = option(
+        False,
+        "data set: confirm that consent or law permits the publication of these patients' images, ages, sexes, counts "
+        "and labels",
+    )
+    probe: str | None = option(None, "encoder: probe.json of lymph probe, for the card")
     reference_date: str | None = option(None, "as in training; by default the run's")
     cache_dir: str | None = option(None, "where the Arrow copy of the images goes; by default the datasets cache")
 
@@ -38,9 +50,14 @@ class CardOptions:
     reference_standard: str | None = option(None, "how the true labels were established (required)")
     acquisition: str | None = option(None, "stain, analyser and export of the images (required)")
     synthetic: bool = option(False, "the patients are painted: the card says so in its first line")
-    license: str = option("apache-2.0", "identifier of the licence of the weights")
+    license: str = option("apache-2.0", "identifier of the licence of weights or code")
+    data_license: str | None = option(None, "identifier of the licence of a published data set (required for one)")
     datasets: list[str] | None = option(None, "data sets on the Hub that the model was trained on")
-    base_model: str | None = option(None, "model on the Hub whose weights the encoder started from; timm's is known")
+    base_model: str | None = option(
+        None,
+        "model on the Hub whose weights the encoder started from; timm's is known. Of an adapter: the frozen model "
+        "that it goes with, published with it unless it is there",
+    )
     prevalence: list[float] | None = option(
         None, "shares of positive patients for which predictive values are given; by default 0.1, 0.18 and 0.5"
     )
@@ -51,3 +68,15 @@ class CardOptions:
     carbon_intensity: float | None = option(None, "grams of CO2 equivalent per kWh where it was trained")
     authors: str = option("The lymph-hf authors", "for the citation")
     year: int = option(2026, "for the citation")
+
+
+@dataclass(kw_only=True)
+class DownloadOptions:
+    """Which published patients become a folder."""
+
+    _argument_group_name: ClassVar[str] = "download"
+
+    repo: str = option(..., "data set on the Hub, organisation/name, or a folder with its files")
+    output: str = option(..., "folder of patients to make; must not exist yet")
+    split: str = option("train", "part of the data set; 'train+test' joins two")
+    revision: str | None = option(None, "version, branch or commit; by default the newest")

@@ -103,6 +103,7 @@ class LymphPatientPipeline(Pipeline):
             decided = int(probabilities[1] >= config.decision_threshold)
         return {
             "label": config.id2label[decided],
+            "prediction_set": config.prediction_set(probabilities),
             "probabilities": {config.id2label[i]: probability for i, probability in enumerate(probabilities)},
             "attentions": model_outputs.attentions[0].float().tolist(),
         }

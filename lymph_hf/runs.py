@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from .files import write_json
 
 # Options that change how fast or how visibly a run goes, never its result: a resumed run may change them.
-FREE_ON_RESUME = frozenset({"resume", "workers", "tracker", "cache_dir", "cpu"})
+FREE_ON_RESUME = frozenset({"resume", "workers", "tracker", "cache_dir", "cpu", "jobs", "ensemble"})
 
 
 # What a run writes before it trains.
@@ -70,6 +70,11 @@ class Run:
         """The options of the run."""
         return self.folder / "settings.json"
 
+    @property
+    def evaluation(self) -> Path:
+        """Where an evaluation is written: the run itself, or beside the scores that a cross-validation has already."""
+        return self.folder / "evaluation" if (self.folder / "out-of-fold.csv").exists() else self.folder
+
     def claim(self, settings: dict[str, Any], *, resume: bool) -> FileLock:
         """Take the folder for writing, and store the settings or compare them with those of the run.
 
@@ -123,7 +128,8 @@ def model_source(source: str | Path) -> str:
     if run.model.exists():
         return str(run.model)
     if run.settings.exists():
+        command = "crossval" if "folds" in json.loads(run.settings.read_text()) else "train"
         raise RunError(
-            f"{source} is a run without a finished model: continue it with lymph train --resume --output {source}."
+            f"{source} is a run without a finished model: continue it with lymph {command} --resume --output {source}."
         )
     return str(source)

@@ -22,6 +22,7 @@ from transformers import get_cosine_schedule_with_warmup
 from .checkpoints import CheckpointFolder, Progress, read_best, read_progress
 from .files import write_text
 from .options import TrainingOptions
+from .precision import precision_of
 from .sampling import EpochPlan, MicroBatch
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def make_accelerator(options, folder: Path | None = None) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     return Accelerator(
         cpu=options.cpu,
-        mixed_precision=options.mixed_precision,
+        mixed_precision=precision_of(options),
         log_with=None if tracker == "none" else tracker,
         project_dir=None if folder is None else str(folder / "logs"),
     )

@@ -1,133 +1,218 @@
-"""Memory and time of one end-to-end training step on one patient, in chunks against the usual ways.
+"""Every adapter: what it trains, what it costs, and which verbs of PEFT it passes.
 
-    python scripts/bench_adapters.py --threads 2
+    python scripts/bench_adapters.py --threads 1
 
-Each way runs in a process of its own, so that its peak is its own: on a CPU the largest resident memory above that
-before the step (Linux), on a GPU the largest allocation. The yardstick is sub-batches with every activation kept.
+Times are of a step of training on one patient, as a ratio to training the whole encoder, in turns in one process; CPU
+seconds with one thread. Memory is the peak of that step above what is held before, activations of all cells kept.
 """
 
 import argparse
-import json
-import os
-import resource
-import subprocess
-import sys
+import copy
+import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from benching import adapted_model, packed, peak_bytes
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModel
 
-from lymph_hf import LymphMILConfig, LymphMILForBagClassification
-from lymph_hf.adapters import attach_adapter, trainable_report
-from lymph_hf.chunking import encode_in_chunks
+from lymph_hf.adapters import ADAPTERS, AdapterError, adapter_config, applicable_adapters
 
-Encode = Callable[[nn.Module, Tensor], Tensor]
-BASELINE = "sub-batches of 16, all kept"
-
-
-def in_chunks(chunk_size: int | str) -> Encode:
-    return lambda encoder, cells: encode_in_chunks(encoder, cells, chunk_size)
+WHOLE = "none"
 
 
-def checkpointed_blocks(encoder: nn.Module, cells: Tensor) -> Tensor:
-    encoder.set_grad_checkpointing(True)
-    return encoder(cells)
+@dataclass
+class Subject:
+    """An adapter to try, on a fresh model whenever one is needed.
+
+    Attributes:
+        adapter: a name in ADAPTERS, or "none".
+        encoder: timm model.
+        cells: (N, 3, H, W), a patient.
+    """
+
+    adapter: str
+    encoder: str
+    cells: torch.Tensor
+
+    def plain(self) -> nn.Module:
+        """The model without adapter."""
+        return adapted_model(self.encoder, WHOLE, chunk_size=None).eval()
+
+    def adapted(self) -> nn.Module:
+        """The model with an adapter that has moved away from its start."""
+        model = adapted_model(self.encoder, self.adapter, chunk_size=None).eval()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.02 * torch.randn_like(parameter)
+        return model
+
+    def answer(self, model: nn.Module) -> torch.Tensor:
+        """Logits of two cells."""
+        with torch.no_grad():
+            return model.eval()(pixel_values=self.cells[None, :2]).logits
+
+    def same(self, first: nn.Module, second: nn.Module) -> bool:
+        """Bit by bit."""
+        return torch.equal(self.answer(first), self.answer(second))
 
 
-WAYS: dict[str, Encode] = {
-    BASELINE: lambda encoder, cells: torch.cat([encoder(chunk) for chunk in cells.split(16)]),
-    "all at once": lambda encoder, cells: encoder(cells),
-    "gradient checkpointing": checkpointed_blocks,
-    "chunks of 16": in_chunks(16),
-    "chunks of 4": in_chunks(4),
-    "chunks, auto": in_chunks("auto"),
+def get_model(subject: Subject, folder: Path) -> bool:
+    plain = subject.plain()
+    model = get_peft_model(plain, adapter_config(plain, subject.adapter))
+    return isinstance(model, PeftModel) and any(parameter.requires_grad for parameter in model.parameters())
+
+
+def save_and_load(subject: Subject, folder: Path) -> bool:
+    model = subject.adapted()
+    model.save_pretrained(str(folder))
+    return subject.same(PeftModel.from_pretrained(subject.plain(), str(folder)), model)
+
+
+def disable(subject: Subject, folder: Path) -> bool:
+    model = subject.adapted()
+    with model.disable_adapter():
+        return subject.same(model, subject.plain())
+
+
+def merge(subject: Subject, folder: Path) -> bool | str:
+    model = subject.adapted()
+    expected = subject.answer(model)
+    try:
+        merged = model.merge_and_unload()
+    except ValueError as error:
+        return "refused" if "cannot be merged" in str(error) else False
+    return torch.allclose(subject.answer(merged), expected, rtol=1e-3, atol=1e-4)
+
+
+def delete(subject: Subject, folder: Path) -> bool:
+    model = subject.adapted()
+    expected = subject.answer(model)
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    model.delete_adapter("second")
+    return list(model.peft_config) == ["default"] and torch.equal(subject.answer(model), expected)
+
+
+def unload(subject: Subject, folder: Path) -> bool:
+    return subject.adapted().unload().state_dict().keys() == subject.plain().state_dict().keys()
+
+
+def auto_model(subject: Subject, folder: Path) -> bool:
+    plain = subject.plain()
+    plain.save_pretrained(folder / "base")
+    model = subject.adapted()
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    model.save_pretrained(str(folder / "adapter"))
+    return subject.same(AutoModel.from_pretrained(folder / "adapter"), model)
+
+
+VERBS: dict[str, Callable[[Subject, Path], bool | str]] = {
+    "get_peft_model": get_model,
+    "save, load": save_and_load,
+    "disable": disable,
+    "merge": merge,
+    "delete": delete,
+    "unload": unload,
+    "AutoModel": auto_model,
 }
 
 
-def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds and bytes of one step."""
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    device = torch.device(options.device)
-    config = LymphMILConfig(encoder=options.encoder, fusion="clinical_query")
-    model = attach_adapter(LymphMILForBagClassification(config), options.adapter, **json.loads(options.adapter_options))
-    model = model.to(device).train()
-    encoder = model.get_base_model().base_model.encoder
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    cells = torch.randn(options.cells, *encoder.pretrained_cfg["input_size"], device=device)
-    bag = {"clinical": torch.randn(1, 3, device=device), "labels": torch.tensor([1], device=device)}
-    precision = torch.autocast(device.type, torch.bfloat16) if options.bf16 else nullcontext()
+def verdicts(subject: Subject) -> list[str]:
+    """One word per verb."""
+    words = []
+    for verb in VERBS.values():
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                passed = verb(subject, Path(folder))
+            except (AdapterError, RuntimeError, ValueError, KeyError, OSError) as error:
+                passed = type(error).__name__
+        words.append(passed if isinstance(passed, str) else "yes" if passed else "NO")
+    return words
 
-    def step(cells: Tensor) -> None:
+
+def stepper(subject: Subject) -> tuple[nn.Module, Callable[[torch.Tensor], None]]:
+    """A model, and a step of its training on cells."""
+    model = adapted_model(subject.encoder, subject.adapter, chunk_size=None).train()
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
+
+    def step(cells: torch.Tensor) -> None:
         optimizer.zero_grad()
-        with precision:
-            embeddings = WAYS[way](encoder, cells)
-            loss = model(cell_embeddings=embeddings[None].float(), **bag).loss
-        loss.backward()
+        model(**packed(cells)).loss.backward()
         optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
-    step(cells[:2])  # libraries are loaded, the optimizer's state is there
-    before = resident() if device.type == "cpu" else torch.cuda.memory_allocated()
-    start, processor_start = time.perf_counter(), time.process_time()
+    step(subject.cells[:2])
+    return model, step
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Of the adapter, or of the whole model."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def seconds(step: Callable[[torch.Tensor], None], cells: torch.Tensor) -> float:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     step(cells)
-    seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    return {
-        "seconds": seconds,
-        "processor_seconds": processor_seconds,
-        "bytes": peak - before,
-        "report": trainable_report(model),
-    }
+    return clock() - start
 
 
-def resident() -> int:
-    """Bytes of memory that the process holds now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def row(subject: Subject, yardstick: Callable[[torch.Tensor], None], rounds: int) -> list[str]:
+    """Of the table."""
+    model, step = stepper(subject)
+    peak = peak_bytes(lambda: step(subject.cells), torch.device("cpu"))
+    ratios = [seconds(step, subject.cells) / seconds(yardstick, subject.cells) for _ in range(rounds)]
+    numbers = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trained = sum(count for count, is_trained in numbers if is_trained)
+    # Trained copies stand beside frozen originals: the share is one of the plain model's parameters.
+    total = sum(parameter.numel() for parameter in subject.plain().parameters())
+    size = saved_bytes(model)
+    words = ["" for _ in VERBS] if subject.adapter == WHOLE else verdicts(subject)
+    return [
+        subject.adapter if subject.adapter != WHOLE else "whole encoder",
+        f"{trained:,}",
+        f"{trained / total:.1%}",
+        f"{size / 1e6:.2f}",
+        f"{statistics.median(ratios):.2f}",
+        f"{peak / 1e6:.0f}",
+        *words,
+    ]
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    """Markdown; in brackets over the baseline. CPU seconds do not mind what else the machine is doing."""
-    rows = ["| way | peak memory | seconds | CPU seconds |", "|---|---|---|---|"]
-    for way, result in results.items():
-        memory, seconds, processor = (
-            f"{result[key] / unit:.{digits}f} ({result[key] / results[BASELINE][key]:.2f})"
-            for key, unit, digits in (("bytes", 1e9, 2), ("seconds", 1, 1), ("processor_seconds", 1, 1))
-        )
-        rows.append(f"| {way} | {memory} | {seconds} | {processor} |")
-    return "\n".join(rows)
+def table(encoder: str, adapters: list[str], options: argparse.Namespace) -> str:
+    """Markdown."""
+    size = adapted_model(encoder, WHOLE).base_model.encoder.pretrained_cfg["input_size"]
+    cells = torch.randn(options.cells, *size, generator=torch.Generator().manual_seed(0))
+    _, yardstick = stepper(Subject(WHOLE, encoder, cells))
+    heads = ["adapter", "trained", "share", "saved, MB", "step, ratio", "peak, MB", *VERBS]
+    rows = [heads, ["---"] * len(heads)]
+    rows += [row(Subject(adapter, encoder, cells), yardstick, options.rounds) for adapter in (WHOLE, *adapters)]
+    lines = "\n".join(f"| {' | '.join(cell for cell in cells)} |" for cells in rows)
+    return f"{encoder}, one patient of {options.cells} cells, float32; the head is trained and saved too\n\n{lines}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", default="vit_small_patch16_224", help="timm model")
-    parser.add_argument("--cells", type=int, default=84, help="cells of the patient")
-    parser.add_argument("--adapter", default="lora", help="a name in ADAPTERS")
-    parser.add_argument("--adapter-options", default='{"rank": 32}', help="JSON")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--bf16", action="store_true", help="mixed precision")
-    parser.add_argument("--way", choices=WAYS, help="only this one, as JSON")
+    parser.add_argument("--encoder", default="vit_tiny_patch16_224", help="vision transformer of timm")
+    parser.add_argument("--cnn", default="resnet18", help="for the adapters that need a convolutional network")
+    parser.add_argument("--cells", type=int, default=8, help="of the patient")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    if options.way:
-        print(json.dumps(measure(options.way, options)))
-        return
-    # Otherwise glibc keeps what was freed, in pieces, and the peak would show its leftovers.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    results = {}
-    for way in WAYS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-        output = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
-        results[way] = json.loads(output.splitlines()[-1])
-    print(f"{options.encoder}, {options.adapter} {options.adapter_options}, one patient of {options.cells} cells,")
-    print(f"{options.device}, {options.threads} threads, torch {torch.__version__}; {results[BASELINE]['report']}\n")
-    print(table(results))
+    torch.set_num_threads(options.threads)
+    of_transformer = applicable_adapters(adapted_model(options.encoder, WHOLE))
+    of_cnn = [name for name in ADAPTERS if name not in of_transformer]
+    print(table(options.encoder, of_transformer, options))
+    if of_cnn:
+        print(f"\n{table(options.cnn, of_cnn, options)}")
 
 
 if __name__ == "__main__":

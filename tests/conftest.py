@@ -15,12 +15,20 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "Ag
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from lymph_hf import recipes  # noqa: E402
+from lymph_hf import precision, recipes  # noqa: E402
 from lymph_hf.options import CohortOptions, ModelOptions, SplitOptions, TrainingOptions  # noqa: E402
 from lymph_hf.synthetic import write_synthetic_cohort  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def full_precision():
+    """The tests compare float32; what `auto` means must not depend on the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "has_bfloat16", lambda device: False)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +55,13 @@ def tiny_options(cohort_folder):
     def make(output: Path, data: Path = cohort_folder, **changes):
         groups = [CohortOptions, SplitOptions, ModelOptions, TrainingOptions]
         values = {"data": str(data), "output": str(output), "encoder": "test_vit", "image_size": 32, "epochs": 2}
-        values |= {"batch_size": 4, "tracker": "none", "cpu": True, "validation_fraction": 0.3} | changes
+        values |= {
+            "batch_size": 4,
+            "tracker": "none",
+            "cpu": True,
+            "validation_fraction": 0.3,
+            "mixed_precision": "no",
+        } | changes
         known = [set(group.__dataclass_fields__) for group in groups]
         assert values.keys() <= set.union(*known), "a test names an option that does not exist"
         return [

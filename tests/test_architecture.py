@@ -15,8 +15,8 @@ SOURCES = sorted(PACKAGE.glob("*.py"))
 MODEL = {"configuration_", "encoder", "encoders", "pooling", "fusion", "processing_", "modeling_", "chunking"}
 DATA = {"images", "clinical_table", "cohort", "split_files", "splits", "augment", "bags", "cells"}
 SCORES = {"metrics", "metric_modules", "calibration"}
-TOOLS = {"files", "options", "sampling", "version"}
-LOOP = {"checkpoints", "training", "inference", "runs", "reporting", "evaluation"}
+TOOLS = {"files", "options", "precision", "sampling", "version"}
+LOOP = {"checkpoints", "training", "inference", "runs", "reporting", "evaluation", "decisions"}
 LAYERS = [("model", MODEL), ("data", DATA), ("scores", SCORES), ("tools", TOOLS), ("loop", LOOP)]
 ALLOWED = {
     "model": {"model"},

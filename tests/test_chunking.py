@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lymph_hf import chunking
-from lymph_hf.chunking import activation_bytes, automatic_chunk_size, encode_in_chunks, free_memory
+from lymph_hf.chunking import activation_bytes, cells_that_fit, encode_in_chunks, free_memory
 
 DROPS = {"proj_drop_rate": 0.2, "attn_drop_rate": 0.1, "drop_path_rate": 0.3}
 
@@ -129,6 +129,24 @@ def test_predecessor_fault_7_memory_does_not_grow_with_the_bag():
     assert peak_of_step(encoder, many, 8) < kept_many / 4
 
 
+def graph_nodes(tensor: torch.Tensor) -> int:
+    """Nodes of the graph that autograd has built behind a tensor."""
+    found, waiting = set(), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [child for child, _ in node.next_functions]
+    return len(found)
+
+
+def test_the_graph_of_a_recomputed_chunk_is_one_node():
+    encoder, cells = make_encoder(), make_cells(12)
+    one = graph_nodes(encode_in_chunks(encoder, cells, 12))
+    assert one > 50
+    assert graph_nodes(encode_in_chunks(encoder, cells, 1)) <= one + 11 + 1  # and what joins the chunks
+
+
 def test_only_what_must_be_recomputed_is():
     encoder, cells = make_encoder(dtype=torch.float32), make_cells(12, torch.float32)
     calls = Calls(encoder)
@@ -158,8 +176,10 @@ def test_frozen_leading_blocks_keep_no_activation():
 
 def test_mixed_precision():
     encoder, cells = make_encoder(dtype=torch.float32, **DROPS), make_cells(10, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    # With its cache, the gradients of the chunks would be summed in bfloat16.
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         expected = loss_and_gradients(encoder, encode_keeping_all, cells, 4)
+    with torch.autocast("cpu", torch.bfloat16):
         actual = loss_and_gradients(encoder, encode_in_chunks, cells, 4)
     assert_all_close(actual, expected, 1e-5)
     assert encode_in_chunks(encoder, cells, 4).dtype == torch.float32
@@ -200,29 +220,58 @@ def test_running_statistics_count_each_chunk_once():
     assert chunked.bn1.momentum == kept.bn1.momentum == 0.1
 
 
-def test_automatic_chunk_size_follows_the_free_memory(monkeypatch):
-    encoder, cells = make_encoder(dtype=torch.float32), make_cells(10, torch.float32)
+def test_automatic_chunks_follow_the_free_memory(monkeypatch):
+    encoder, cells = make_encoder(dtype=torch.float32), make_cells(70, torch.float32)
     each = activation_bytes(encoder, cells)
-    monkeypatch.setattr(chunking, "free_memory", lambda device: int(each * 8.5))
-    assert automatic_chunk_size(encoder, cells) == 4  # half of it
-    monkeypatch.setattr(chunking, "free_memory", lambda device: 10**15)
-    assert automatic_chunk_size(encoder, cells) == 4  # measured once: the same to the end of the run
-    encoder.blocks[:5].requires_grad_(False)
+    free = {"bytes": int(each * 2 * 50.5)}  # half of it is for the activations
+    monkeypatch.setattr(chunking, "free_memory", lambda device: free["bytes"])
     calls = Calls(encoder)
-    encode_in_chunks(encoder, cells, "auto")
-    assert calls.count == 2  # the measurement, and all cells at once
-    monkeypatch.setattr(chunking, "free_memory", lambda device: 1)
-    encoder.blocks[5].requires_grad_(False)
-    assert automatic_chunk_size(encoder, cells) == 1
+
+    def passes(count: int) -> int:
+        calls.count = 0
+        encode_in_chunks(encoder, cells[:count], "auto").sum().backward()
+        return calls.count
+
+    assert cells_that_fit(encoder, cells) == 50
+    assert passes(32) == 1
+    assert passes(70) == 3 + 2  # of chunks of 32 one fits
+    free["bytes"] = 10**15
+    assert cells_that_fit(encoder, cells) == 50  # measured once: the same to the end of the run
+    encoder.blocks[0].requires_grad_(False)  # another case, measured anew
+    assert cells_that_fit(encoder, cells) > 10**6
+    assert passes(70) == 3
+    free["bytes"] = 1
+    encoder.blocks[1].requires_grad_(False)
+    assert cells_that_fit(encoder, cells) == 1
+    assert passes(3) == 3 + 2
+    with torch.no_grad():
+        calls.count = 0
+        encode_in_chunks(encoder, cells, "auto")
+    assert calls.count == 5  # of 16 cells; nothing is measured where nothing is kept
 
 
-def test_automatic_chunk_size_leaves_no_trace(monkeypatch):
+def test_the_free_memory_does_not_change_the_result(monkeypatch):
+    """A run goes on bit for bit on a machine with more memory."""
+    cells, results = make_cells(70, torch.float32), []
+    for precision in (torch.float32, torch.bfloat16):
+        for free in (65, 140, 10**9):  # fits 32, 70 and all
+            encoder = make_encoder(dtype=torch.float32, **DROPS)
+            each = activation_bytes(encoder, cells)
+            monkeypatch.setattr(chunking, "free_memory", lambda device, size=int(free * each): size)
+            with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+                results.append(loss_and_gradients(encoder, encode_in_chunks, cells, "auto"))
+        few, some, many = results[-3:]
+        assert_all_close(few, many, 0)
+        assert_all_close(some, many, 0)
+
+
+def test_measuring_memory_leaves_no_trace(monkeypatch):
     monkeypatch.setattr(chunking, "free_memory", lambda device: 10**15)
     encoder, cells = make_encoder("test_resnet", drop_path_rate=0.3), make_cells(6)
     buffers = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    automatic_chunk_size(encoder, cells)
+    cells_that_fit(encoder, cells)
     assert torch.equal(torch.get_rng_state(), state)
     assert_all_close(dict(encoder.named_buffers()), buffers, 0)
     assert all(parameter.grad is None for parameter in encoder.parameters())
@@ -243,14 +292,14 @@ def test_a_wrong_chunk_size_is_refused(chunk_size):
 
 
 TWO_PROCESSES = """
-import importlib.util, sys
+import sys, types
 import torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-spec = importlib.util.spec_from_file_location("chunking", sys.argv[1])  # it needs nothing but torch
-chunking = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(chunking)
+package = sys.modules["lymph_hf"] = types.ModuleType("lymph_hf")
+package.__path__ = [sys.argv[1]]  # it needs nothing but torch
+from lymph_hf import chunking
 
 class Bags(nn.Module):
     def __init__(self):
@@ -284,7 +333,7 @@ dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path):
-    arguments = [sys.executable, "-c", TWO_PROCESSES, str(Path(chunking.__file__))]
+    arguments = [sys.executable, "-c", TWO_PROCESSES, str(Path(chunking.__file__).parent)]
     meeting = str(tmp_path / "meeting")
     processes = [
         subprocess.Popen([*arguments, str(rank), meeting], stderr=subprocess.PIPE, text=True) for rank in range(2)

@@ -19,6 +19,15 @@ REFUSED = {
     "encoder": ["", "hf-hub:owner/name", "timm/vit_tiny_patch16_224", "local-dir:folder", None],
     "encoder_options": [[1]],
     "num_labels": [0],
+    "calibration": [
+        {},
+        {"method": "isotonic"},
+        {"method": "temperature"},
+        {"method": "temperature", "temperature": 0.0},
+        {"method": "platt", "slope": -1.0, "intercept": 0.0},
+        {"method": "platt", "slope": 1.0},
+    ],
+    "conformal": [{}, {"quantiles": [0.1]}],
 }
 
 
@@ -99,7 +108,7 @@ def test_round_trip(tmp_path):
 def test_the_defaults_are_the_documented_ones():
     config = LymphMILConfig()
     assert config.clinical_features == ["age", "sex", "lymphocyte_count"]
-    assert (config.num_labels, config.chunk_size, config.decision_threshold) == (2, 32, 0.5)
+    assert (config.num_labels, config.chunk_size, config.decision_threshold) == (2, "auto", 0.5)
     assert config.label2id == {"LABEL_0": 0, "LABEL_1": 1}
 
 

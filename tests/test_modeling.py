@@ -539,3 +539,16 @@ def test_a_compiled_model_gives_the_same():
         compiled = torch.compile(model)
         for inputs in (batch, pack(batch), bag(batch, 2)):
             assert_close(compiled(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_model_without_its_encoder_answers_from_embeddings():
+    """Features of a frozen encoder may be at hand; the mean of them has no parameter to tell a precision."""
+    config = LymphMILConfig(encoder="test_vit", image_size=32, pooling="mean", fusion="none")
+    model = LymphMILForBagClassification(config).eval()
+    cells = torch.randn(2, 3, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(cells).logits
+        embeddings, mask = model.model.encode_bags(cells)
+        model.model.encoder = None
+        found = model(cell_embeddings=embeddings, bag_mask=mask).logits
+    torch.testing.assert_close(found, expected)

@@ -10,7 +10,7 @@ from transformers import pipeline
 from lymph_hf import ClinicalStandardizer, LymphImageProcessor, LymphMILConfig, LymphMILForBagClassification
 from lymph_hf.images import CellImageError
 from lymph_hf.pipeline_lymph import TASK, LymphPatientPipeline
-from lymph_hf.publishing import export_with_code
+from lymph_hf.publishing_code import export_with_code
 
 CLINICAL = {"age": 71, "sex": "F", "lymphocyte_count": 14.2}
 

@@ -33,7 +33,19 @@ def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:
-    options = [*STEPS, "--validation_fraction", "0.3", "--cpu", "--data", str(data), "--output", str(output), *more]
+    options = [
+        *STEPS,
+        "--validation_fraction",
+        "0.3",
+        "--cpu",
+        "--mixed_precision",
+        "no",
+        "--data",
+        str(data),
+        "--output",
+        str(output),
+        *more,
+    ]
     return [str(ROOT / "scripts" / "train.py"), *options]
 
 
