@@ -1,6 +1,6 @@
 """Space: cells of a blood smear -> reactive, tumoral, or refer to flow cytometry. Research use only.
 
-LYMPH_MODEL=runs/demo/lymph-mil python space/app.py
+LYMPH_MODEL=runs/demo/patients/lymph-mil python space/app.py
 """
 
 import atexit
