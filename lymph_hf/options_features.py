@@ -21,7 +21,7 @@ class FeatureBuildOptions:
     )
     encoder_options: str | None = option(None, "JSON of further timm.create_model arguments")
     image_size: int | None = option(None, "side of the input in pixels; by default what the encoder expects")
-    chunk_size: str = option("32", "cells that pass the encoder at once: a number, auto (by free memory) or none")
+    chunk_size: str = option("32", "cells that pass the encoder at once: a number, auto or none")
     seed: int = option(0, "of random weights, as in lymph train")
 
 
