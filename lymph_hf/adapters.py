@@ -7,7 +7,7 @@ with it.
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -173,7 +173,7 @@ def _called_modules(model: PreTrainedModel) -> set[nn.Module]:
     ]
     images = next(encoder.parameters()).new_zeros(2, *encoder_data_config(model.config)["input_size"])
     try:
-        with _evaluation(encoder), torch.no_grad():
+        with evaluation_mode(encoder), torch.no_grad():
             encoder(images)
     finally:
         for hook in hooks:
@@ -182,7 +182,8 @@ def _called_modules(model: PreTrainedModel) -> set[nn.Module]:
 
 
 @contextmanager
-def _evaluation(module: nn.Module):
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Fixed statistics and no dropout inside; each part is in its own mode again at the end."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
@@ -198,6 +199,7 @@ __all__ = [
     "adapter_config",
     "applicable_adapters",
     "attach_adapter",
+    "evaluation_mode",
     "save_adapted",
     "trainable_report",
 ]

@@ -30,7 +30,7 @@ from .explain_quality import (
 from .files import write_json, writing_folder
 from .images import open_cell_image
 from .inference import write_table
-from .metrics import Bootstrap
+from .metrics import Bootstrap, decide
 from .options import CohortOptions
 from .options_explain import ExplainOptions, JudgeOptions
 from .processing_lymph import LymphImageProcessor
@@ -154,7 +154,7 @@ def _summary(explainer: Explainer, patient: Patient, explanation: Explanation) -
     config = explainer.model.config
     probabilities = explanation.probabilities.tolist()
     two = len(probabilities) == 2
-    decided = int(probabilities[1] >= config.decision_threshold) if two else int(np.argmax(probabilities))
+    decided = int(decide(explanation.probabilities[None], threshold=config.decision_threshold)[0])
     return {
         "patient_id": patient.patient_id,
         "cells": len(patient.images),

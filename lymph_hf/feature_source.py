@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from .adapters import evaluation_mode
 from .augment import Augmentation
 from .bags import cell_pixels
 from .encoders import encode_cells
@@ -101,7 +102,7 @@ class FeatureSource:
         dtype = next(self.encoder.parameters()).dtype
         shown = None if self.accelerator.is_main_process else True  # None: shown on a terminal
         cells = sum(len(bag.images) for bag in bags)
-        with _evaluating(self.encoder), tqdm(total=cells, desc="encoding", unit="cell", disable=shown) as bar:
+        with evaluation_mode(self.encoder), tqdm(total=cells, desc="encoding", unit="cell", disable=shown) as bar:
             for bag, pixel_values in zip(bags, loader, strict=True):
                 pixel_values = pixel_values.to(self.accelerator.device, dtype)
                 with torch.no_grad(), self.accelerator.autocast():
@@ -154,15 +155,3 @@ def _in_files(bags: Iterator[StoredBag]) -> Iterator[list[StoredBag]]:
             group, size = [], 0
     if group:
         yield group
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Fixed statistics and no dropout inside; each part is in its own mode again at the end."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
