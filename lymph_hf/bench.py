@@ -23,7 +23,7 @@ from .encoders import encoder_data_config
 from .modeling_lymph import LymphMILForBagClassification
 from .options import chunk_size_option, json_option
 from .options_bench import BenchOptions
-from .recipes import load_model
+from .patient_models import load_model
 from .training import make_accelerator
 
 logger = logging.getLogger(__name__)

@@ -33,8 +33,8 @@ from .inference import write_table
 from .metrics import Bootstrap, decide
 from .options import CohortOptions
 from .options_explain import ExplainOptions, JudgeOptions
+from .patient_models import load_model
 from .processing_lymph import LymphImageProcessor
-from .recipes import load_model
 from .reporting_explain import Gallery, ShownCell, gallery_figure, judgement_figure
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from .feature_store import FeatureFile, remove_files, stored_files
 from .features import Features, cached_features
 from .options import CohortOptions, InferenceOptions, chunk_size_option, json_option
 from .options_features import FeatureBuildOptions, FeatureListOptions, FeaturePruneOptions
+from .patient_models import load_model
 from .processing_lymph import LymphImageProcessor
-from .recipes import load_model
 from .training import make_accelerator
 
 logger = logging.getLogger(__name__)

@@ -43,8 +43,9 @@ from .options import (
 from .options_distill import DistillOptions
 from .options_pretrain import PretrainOptions
 from .options_recipe import ImageVoteOptions, RecipeOptions
+from .patient_data import choose_split, record_data
 from .pretraining import pretrain
-from .recipes import choose_split, evaluate, record_data, train
+from .recipes import evaluate, train
 from .runs import FREE_ON_RESUME, Run
 from .splits import Split
 

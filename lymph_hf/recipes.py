@@ -1,6 +1,5 @@
 """From options to results: training, evaluation and prediction of patient models."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,27 +9,22 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoImageProcessor, AutoModel
 
-from .adapters import attach_adapter, save_adapted, trainable_report
 from .augment import Augmentation
-from .bags import BagDataset, build_bags, cohort_fingerprint, collate_bags
+from .bags import BagDataset, collate_bags
 from .baselines import Blend, Row, clinical_rows, score_rows
 from .clinical import ClinicalSettings
 from .clinical_baseline import Baseline, clinical_baseline
-from .cohort import CLINICAL, Cohort, read_cohort, scan_images
+from .cohort import Cohort
 from .configuration_lymph import LymphMILConfig
 from .decisions import freeze_decisions
-from .encoder_weights import load_first_weights
-from .encoders import resolve_encoder
 from .evaluation import evaluation_patients, patient_table, score_report, write_evaluation
 from .evidence import write_evidence
-from .features import FeatureBags, cached_features, put_encoder, take_encoder
-from .files import write_json, writing_folder
+from .features import FeatureBags, put_encoder, take_encoder
 from .image_vote import vote_rows
 from .inference import Inference, infer, write_table
 from .lineage import ancestors_images
@@ -46,25 +40,29 @@ from .options import (
     SplitOptions,
     SynthOptions,
     TrainingOptions,
-    chunk_size_option,
-    json_option,
 )
+from .patient_data import (
+    Bags,
+    CachedBags,
+    RecipeError,
+    choose_split,
+    ordered_labels,
+    patients_of_part,
+    read_checked,
+    record_data,
+)
+from .patient_models import clinical_values, load_model, new_model, save_model
 from .precision import with_settled_precision
-from .processing_lymph import ClinicalStandardizer, LymphImageProcessor
+from .processing_lymph import LymphImageProcessor
 from .report_page import write_page
 from .reporting import cohort_figure, history_figure
-from .runs import Run, RunError, model_source
-from .sampling import balanced_weights, class_weights
-from .split_files import PARTS
-from .splits import Split, make_split, read_split
+from .runs import Run
+from .sampling import balanced_weights
+from .splits import Split
 from .synthetic import write_synthetic_cohort
 from .training import TrainingLoop, make_accelerator
 
 logger = logging.getLogger(__name__)
-
-
-class RecipeError(ValueError):
-    """Options and data do not fit together; the message says what to change."""
 
 
 @dataclass
@@ -127,10 +125,9 @@ def check_cohort(cohort_options: CohortOptions, options: CheckOptions) -> Path:
     Returns:
         Path of the figure.
     """
-    cohort = scan_images(_read(cohort_options), strict=cohort_options.strict)
+    cohort = read_checked(cohort_options)
     figure = Path(options.output or f"{Path(cohort_options.data).resolve().name}-cohort.png")
     cohort_figure(cohort.to_frame(), figure, title=cohort.root.name)
-    logger.info("%s", cohort.summary())
     logger.info("Figure: %s", figure)
     return figure
 
@@ -161,14 +158,12 @@ def train(
         CohortError, SplitError, LineageError, RunError, TrainingError, CheckpointError: each with what to do.
     """
     _check_feature_cache(model_options, options, teaching)
-    run = Run(Path(options.output))
-    options = with_settled_precision(options)
+    run, options = Run(Path(options.output)), with_settled_precision(options)
     accelerator = make_accelerator(options, run.folder)
-    groups = [cohort_options, split_options, model_options, options]
-    groups += [] if teaching is None else [teaching.options]
+    groups = [cohort_options, split_options, model_options, options, *([] if teaching is None else [teaching.options])]
     settings = {k: v for group in groups for k, v in asdict(group).items()}
     lock = run.claim(settings, resume=options.resume) if accelerator.is_main_process else None
-    cohort = cohort or _checked_cohort(cohort_options, accelerator)
+    cohort = cohort or read_checked(cohort_options, accelerator)
     split = choose_split(cohort, split_options, options.seed)
     sources = [model_options.encoder_weights, *(() if teaching is None else teaching.sources)]
     learnt = ancestors_images(sources, cohort, split)
@@ -177,54 +172,18 @@ def train(
         record_data(run, cohort, split, learnt)
         baseline = _clinical_baseline(run, cohort, split, label_names, options)
     set_seed(options.seed)
-    model, processor = _new_model(cohort, split, label_names, model_options, options)
-    encoder = None
-    if options.feature_cache is None:
-        data = _Bags(cohort, processor, model.config.label2id, cohort_options.cache_dir, accelerator)
-    else:
-        seen, views = cohort.select(split.train + split.validation), options.feature_views if options.augment else 0
-        cache, workers = options.feature_cache, options.workers
-        data = _FeatureBags(seen, model, processor, accelerator, cache, views=views, workers=workers)
-        encoder = take_encoder(model)
-        options = replace(options, workers=0)  # nothing is left to decode
-    train_set = data.subset(
-        split.train,
-        max_cells=options.max_cells,
-        augmentation=Augmentation() if options.augment else None,
-        seed=options.seed,
-    )
-    validation_set = data.subset(split.validation) if split.validation else None
+    model, processor = new_model(cohort.select(split.train).patients, label_names, model_options, options)
+    train_set, validation_set = _datasets(cohort, split, model, processor, accelerator, cohort_options, options)
     if options.tracker != "none":
         accelerator.init_trackers("lymph-hf", config={k: "" if v is None else v for k, v in settings.items()})
-
-    def validate(model: nn.Module) -> dict[str, float]:
-        return _validate(model, validation_set, accelerator, options)
-
     lesson = Lesson(model, train_set, collate_bags)
     if teaching is not None:
         lesson = teaching.lesson(lesson, cohort.select(split.train), accelerator)
-    loop = TrainingLoop(
-        accelerator,
-        lesson.model,
-        lesson.dataset,
-        lesson.collate,
-        options,
-        run.folder,
-        validate=None if validation_set is None else validate,
-        sample_weights=balanced_weights(train_set.label_ids) if options.balance == "sampling" else None,
-        # An adapter is new, like the head: it learns at the full rate.
-        encoder=model.model.encoder if model_options.adapter is None else None,
-    )
-    progress = loop.run()
-    predictions = (
-        None if validation_set is None else infer(loop.model, validation_set, accelerator, workers=options.workers)
-    )
+    weights = balanced_weights(train_set.label_ids) if options.balance == "sampling" else None
+    predictions = _learn(model, lesson, validation_set, accelerator, options, run, sample_weights=weights)
     if accelerator.is_main_process:
-        if encoder is not None:
-            put_encoder(model, encoder)
-        history_figure(progress.history, run.folder / "history.png")
         probabilities = _freeze_decisions(model.config, predictions, validation_set, options)
-        _export(model, processor, run.model)
+        save_model(model, processor, run.model)
         if probabilities is not None:
             _report_validation(run, cohort.select(split.validation), probabilities, model.config, baseline)
         logger.info("Model: %s", run.model)
@@ -257,7 +216,7 @@ def evaluate(
     """
     accelerator = make_accelerator(inference)
     model, processor = load_model(options.run)
-    cohort = cohort or _checked_cohort(cohort_options, accelerator)
+    cohort = cohort or read_checked(cohort_options, accelerator)
     cohort, note = evaluation_patients(cohort, Run(Path(options.run)), options.subset)
     unknown = sorted({patient.label for patient in cohort.patients} - set(model.config.label2id))
     if unknown:
@@ -266,9 +225,9 @@ def evaluate(
             "Evaluate on patients with the labels the model was trained for."
         )
     if options.feature_cache is None:
-        data = _Bags(cohort, processor, model.config.label2id, cohort_options.cache_dir, accelerator)
+        data = Bags(cohort, processor, model.config.label2id, cohort_options.cache_dir, accelerator)
     else:
-        data = _FeatureBags(cohort, model, processor, accelerator, options.feature_cache, workers=inference.workers)
+        data = CachedBags(cohort, model, processor, accelerator, options.feature_cache, workers=inference.workers)
     dataset = data.subset([patient.patient_id for patient in cohort.patients])
     model = accelerator.prepare(model)
     predictions = infer(model, dataset, accelerator, workers=inference.workers)
@@ -328,9 +287,9 @@ def predict(cohort_options: CohortOptions, options: PredictOptions, inference: I
     """
     accelerator = make_accelerator(inference)
     model, processor = load_model(options.run)
-    cohort = _checked_cohort(cohort_options, accelerator)
-    cohort = _part(cohort, "test" if options.submission else options.part)
-    data = _Bags(cohort, processor, None, cohort_options.cache_dir, accelerator)
+    cohort = read_checked(cohort_options, accelerator)
+    cohort = patients_of_part(cohort, "test" if options.submission else options.part)
+    data = Bags(cohort, processor, None, cohort_options.cache_dir, accelerator)
     dataset = data.subset([patient.patient_id for patient in cohort.patients])
     model = accelerator.prepare(model)
     predictions = infer(model, dataset, accelerator, workers=inference.workers)
@@ -342,76 +301,6 @@ def predict(cohort_options: CohortOptions, options: PredictOptions, inference: I
         write_table(table, options.output)
         logger.info("%d patients: %s", len(table), options.output)
     return Path(options.output)
-
-
-def load_model(source: str | Path) -> tuple[LymphMILForBagClassification, LymphImageProcessor]:
-    """Model in evaluation mode and image processor of a run folder, a model folder or a Hub id.
-
-    Raises:
-        RunError: nothing can be loaded from there, or the run has not finished.
-    """
-    path = model_source(source)
-    try:
-        return AutoModel.from_pretrained(path), AutoImageProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise RunError(f"No model could be loaded from {source}: {error}") from error
-
-
-def ordered_labels(cohort: Cohort, positive_label: str | None) -> list[str]:
-    """Label names in the order of their numbers; of two labels the positive one is last.
-
-    Raises:
-        RecipeError: the positive label is not in the cohort, or there are more than two.
-    """
-    names = list(cohort.label_names)
-    if positive_label is None:
-        return names
-    if positive_label not in names or len(names) != 2:
-        raise RecipeError(f"positive_label={positive_label!r}: expected one of two labels, the cohort has {names}.")
-    return sorted(names, key=lambda name: name == positive_label)
-
-
-class _Bags:
-    """The rows of a cohort, and data sets over some of its patients."""
-
-    def __init__(self, cohort: Cohort, processor, label2id: dict[str, int] | None, cache_dir, accelerator: Accelerator):
-        with accelerator.main_process_first():
-            self.rows = build_bags(cohort, cache_dir=cache_dir)
-        self.position = {patient.patient_id: i for i, patient in enumerate(cohort.patients)}
-        self.processor = processor
-        self.label2id = label2id
-
-    def subset(self, ids, **options) -> BagDataset:
-        rows = self.rows.select([self.position[patient_id] for patient_id in ids])
-        return BagDataset(rows, self.processor, label2id=self.label2id, **options)
-
-
-class _FeatureBags:
-    """The features of a cohort, and data sets over some of its patients, with the interface of `_Bags`."""
-
-    def __init__(
-        self, cohort: Cohort, model, processor, accelerator: Accelerator, folder: str, *, views: int = 0, workers: int
-    ):
-        self.cohort = cohort
-        self.processor = processor
-        self.label2id = model.config.label2id
-        self.features = cached_features(
-            model,
-            processor,
-            cohort,
-            folder,
-            views=views,
-            accelerator=accelerator,
-            chunk_size=model.config.chunk_size,
-            workers=workers,
-        )
-
-    def subset(self, ids, *, augmentation: Augmentation | None = None, **options) -> FeatureBags:
-        augmented = augmentation is not None and self.features.views > 0
-        patients, standardizer = self.cohort.select(ids).patients, self.processor.standardizer
-        return FeatureBags(
-            self.features, patients, standardizer, label2id=self.label2id, augmented=augmented, **options
-        )
 
 
 def _check_feature_cache(model_options: ModelOptions, options: TrainingOptions, teaching: Teaching | None) -> None:
@@ -428,118 +317,69 @@ def _check_feature_cache(model_options: ModelOptions, options: TrainingOptions, 
         raise RecipeError("--feature-cache: a teacher looks at the images themselves; leave it out in distillation.")
 
 
-def _read(options: CohortOptions) -> Cohort:
-    return read_cohort(options.data, reference_date=options.reference_date)
+def _datasets(
+    cohort: Cohort,
+    split: Split,
+    model: LymphMILForBagClassification,
+    processor: LymphImageProcessor,
+    accelerator: Accelerator,
+    reading: CohortOptions,
+    options: TrainingOptions,
+) -> tuple[BagDataset | FeatureBags, BagDataset | FeatureBags | None]:
+    """Training patients, augmented, and validation patients where there are any."""
+    augmentation = Augmentation() if options.augment else None
+    if options.feature_cache is None:
+        data = Bags(cohort, processor, model.config.label2id, reading.cache_dir, accelerator)
+    else:
+        seen, views = cohort.select(split.train + split.validation), options.feature_views if augmentation else 0
+        cache, workers = options.feature_cache, options.workers
+        data = CachedBags(seen, model, processor, accelerator, cache, views=views, workers=workers)
+    train_set = data.subset(split.train, max_cells=options.max_cells, augmentation=augmentation, seed=options.seed)
+    return train_set, data.subset(split.validation) if split.validation else None
 
 
-def _checked_cohort(options: CohortOptions, accelerator: Accelerator) -> Cohort:
-    """Read and checked by the main process, handed to the others."""
-    shared = [scan_images(_read(options), strict=options.strict) if accelerator.is_main_process else None]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(shared)
+def _learn(
+    model: LymphMILForBagClassification,
+    lesson: Lesson,
+    validation_set: BagDataset | FeatureBags | None,
+    accelerator: Accelerator,
+    options: TrainingOptions,
+    run: Run,
+    *,
+    sample_weights: Sequence[float] | None,
+) -> Inference | None:
+    """Train; the model then has the weights of the best epoch, and what it says of the validation patients is given."""
+    encoder = None
+    if options.feature_cache is not None:
+        # Features take the place of the images: the encoder steps aside, and nothing is left to decode.
+        encoder, options = take_encoder(model), replace(options, workers=0)
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        result = infer(model, validation_set, accelerator, workers=options.workers, progress=False)
+        scores = score(validation_set.label_ids, result.probabilities)
+        return {"loss": result.loss, "auroc": scores["auroc"], "balanced_accuracy": scores["balanced_accuracy"]}
+
+    loop = TrainingLoop(
+        accelerator,
+        lesson.model,
+        lesson.dataset,
+        lesson.collate,
+        options,
+        run.folder,
+        validate=None if validation_set is None else validate,
+        sample_weights=sample_weights,
+        # An adapter is new, like the head: it learns at the full rate.
+        encoder=None if isinstance(model, PeftModel) else model.model.encoder,
+    )
+    progress = loop.run()
+    predictions = None
+    if validation_set is not None:
+        predictions = infer(loop.model, validation_set, accelerator, workers=options.workers)
+    if encoder is not None:
+        put_encoder(model, encoder)
     if accelerator.is_main_process:
-        logger.info("%s", shared[0].summary())
-    return shared[0]
-
-
-def choose_split(cohort: Cohort, options: SplitOptions, seed: int) -> Split:
-    """The split that the options name, or the one that they draw.
-
-    Raises:
-        SplitError: it cannot be read or drawn.
-    """
-    if options.split is not None:
-        return read_split(options.split, cohort)
-    return make_split(
-        cohort,
-        validation_fraction=options.validation_fraction,
-        test_fraction=options.test_fraction,
-        seed=seed,
-    )
-
-
-def record_data(run: Run, cohort: Cohort, split: Split, learnt: frozenset[str] = frozenset()) -> None:
-    """Store what a run is trained on; on resume, refuse data that has changed meanwhile.
-
-    Args:
-        learnt: images that the weights knew before, from pretraining or through a teacher. They count as training
-            images, so that their patients are never scored as held-out ones.
-
-    Raises:
-        RunError: the data has changed.
-    """
-    fingerprint = cohort_fingerprint(cohort)
-    if run.cohort.exists():
-        recorded = json.loads(run.cohort.read_text())["fingerprint"]
-        if recorded != fingerprint:
-            raise RunError(
-                f"{cohort.root} has changed since {run.folder} was started (images, labels or clinical values). "
-                "Restore it to resume, or start a new run in another --output."
-            )
-    split.save(run.split)
-    digests = {
-        part: {digest for patient_id in getattr(split, part) for digest in cohort.digests[patient_id]} for part in PARTS
-    }
-    digests["train"] |= learnt
-    record = {
-        "data": cohort.root.name,
-        "fingerprint": fingerprint,
-        "patients": {part: len(getattr(split, part)) for part in PARTS},
-        "exclusions": [asdict(exclusion) for exclusion in cohort.exclusions],
-        "warnings": list(cohort.warnings),
-        "digests": {part: sorted(images) for part, images in digests.items()},
-    }
-    write_json(run.cohort, record)
-
-
-def _new_model(
-    cohort: Cohort, split: Split, label_names: list[str], options: ModelOptions, training: TrainingOptions
-) -> tuple[LymphMILForBagClassification, LymphImageProcessor]:
-    patients = cohort.select(split.train).patients
-    features = () if options.fusion == "none" else CLINICAL
-    standardizer = ClinicalStandardizer.fit([_clinical(patient) for patient in patients], features)
-    numbers = {name: i for i, name in enumerate(label_names)}
-    weights = class_weights([numbers[patient.label] for patient in patients], len(label_names))
-    encoder = resolve_encoder(options.encoder)
-    config = LymphMILConfig(
-        encoder=encoder.name,
-        encoder_options=encoder.options_with(json_option("encoder_options", options.encoder_options)),
-        image_size=options.image_size,
-        pooling=options.pooling,
-        pooling_options=json_option("pooling_options", options.pooling_options),
-        fusion=options.fusion,
-        fusion_options=json_option("fusion_options", options.fusion_options),
-        clinical_features=list(standardizer.features),
-        dropout=options.dropout,
-        chunk_size=chunk_size_option(options.chunk_size),
-        class_weights=weights if training.balance == "weights" else None,
-        label_smoothing=training.label_smoothing,
-        id2label=dict(enumerate(label_names)),
-        label2id=numbers,
-    )
-    model = LymphMILForBagClassification(config)
-    load_first_weights(model.model.encoder, options.encoder_weights, encoder.weights)
-    if options.freeze_encoder:
-        model.model.encoder.requires_grad_(False)
-    if options.adapter is not None:
-        if options.freeze_encoder:
-            raise RecipeError(
-                "--freeze-encoder with --adapter: an adapter freezes the encoder itself, give one of them."
-            )
-        given = json_option("adapter_options", options.adapter_options) or {}
-        model = attach_adapter(model, options.adapter, **given)
-    logger.info("%s", trainable_report(model))
-    return model, LymphImageProcessor.from_config(config, standardizer)
-
-
-def _clinical(patient) -> dict[str, Any]:
-    return {name: getattr(patient, name) for name in CLINICAL}
-
-
-def _validate(model, dataset: BagDataset, accelerator: Accelerator, options: TrainingOptions) -> dict[str, float]:
-    result = infer(model, dataset, accelerator, workers=options.workers, progress=False)
-    scores = score(dataset.label_ids, result.probabilities)
-    return {"loss": result.loss, "auroc": scores["auroc"], "balanced_accuracy": scores["balanced_accuracy"]}
+        history_figure(progress.history, run.folder / "history.png")
+    return predictions
 
 
 def _freeze_decisions(
@@ -560,21 +400,12 @@ def _freeze_decisions(
     )
 
 
-def _export(model: LymphMILForBagClassification, processor: LymphImageProcessor, folder: Path) -> None:
-    with writing_folder(folder) as beside:
-        if isinstance(model, PeftModel):
-            save_adapted(model, beside)
-        else:
-            model.save_pretrained(beside)
-        processor.save_pretrained(beside)
-
-
 def _clinical_baseline(
     run: Run, cohort: Cohort, split: Split, label_names: list[str], options: TrainingOptions
 ) -> Baseline | None:
     """The clinical model beside the image model: before the training, so that what is wrong with it is said early."""
     patients = cohort.select(split.train).patients
-    recorded = any(value is not None for patient in patients for value in _clinical(patient).values())
+    recorded = any(value is not None for patient in patients for value in clinical_values(patient).values())
     if options.clinical_baseline == "none" or not recorded:
         return None
     settings = ClinicalSettings(options.clinical_baseline, seed=options.seed)
@@ -598,16 +429,3 @@ def _report_validation(
         report["baselines"] = score_rows(labels, probabilities, config.decision_threshold, rows)
     note = "validation patients of this run, which also chose its epoch and its threshold: not a test"
     write_evaluation(run.folder, cohort, probabilities, config, {"patients": note, **report}, stem="validation")
-
-
-def _part(cohort: Cohort, part: str) -> Cohort:
-    if part == "all":
-        return cohort
-    if cohort.layout != "challenge":
-        raise RecipeError(
-            f"{cohort.root} is in the {cohort.layout} layout, which has no {part} folder; use --part all."
-        )
-    chosen = [patient.patient_id for patient in cohort.patients if patient.part == part]
-    if not chosen:
-        raise RecipeError(f"{cohort.root}: no usable patient in its {part} folder.")
-    return cohort.select(chosen)

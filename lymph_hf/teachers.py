@@ -21,7 +21,7 @@ from .evaluation import label_names
 from .files import writing_file
 from .inference import outputs
 from .options_distill import DistillOptions
-from .recipes import load_model
+from .patient_models import load_model
 
 logger = logging.getLogger(__name__)
 

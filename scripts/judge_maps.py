@@ -22,7 +22,7 @@ from lymph_hf.explain import PatientHead, explain_bag
 from lymph_hf.explain_maps import cell_maps
 from lymph_hf.images import open_cell_image
 from lymph_hf.metrics import Bootstrap
-from lymph_hf.recipes import load_model
+from lymph_hf.patient_models import load_model
 
 PLACES = 6
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
