@@ -117,14 +117,27 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
-class TrainingOptions:
-    """How it is trained."""
-
-    _argument_group_name: ClassVar[str] = "training"
+class LoopOptions:
+    """What every training asks for, of patients and of cells."""
 
     output: str = option(..., "run folder; must not exist yet, unless with --resume")
     resume: bool = option(False, "continue the run in --output exactly where its last checkpoint stands")
     seed: int = option(0, "of everything random")
+    warmup: float = option(0.1, "share of the steps with rising rate, before the cosine decay to zero")
+    clip: float = option(1.0, "largest norm of the gradient")
+    checkpoint_every: int = option(0, "optimizer steps between checkpoints within an epoch; 0 = epoch ends only")
+    workers: int = option(0, "processes that decode images beside the training process")
+    tracker: Literal["tensorboard", "trackio", "wandb", "none"] = option("tensorboard", "where curves are logged")
+    mixed_precision: Precision = option(AUTO, PRECISION_HELP)
+    cpu: bool = option(False, "stay on the CPU though there is an accelerator")
+
+
+@dataclass(kw_only=True)
+class TrainingOptions(LoopOptions):
+    """How it is trained."""
+
+    _argument_group_name: ClassVar[str] = "training"
+
     epochs: int = option(20, "passes over the training patients")
     batch_size: int = option(8, "patients per optimizer step, over all processes")
     micro_batch: int = option(1, "patients per forward pass of one process; changes memory, not the result")
@@ -144,8 +157,6 @@ class TrainingOptions:
     learning_rate: float = option(3e-4, "peak rate of pooling, fusion and classifier")
     encoder_learning_rate: float | None = option(None, "peak rate of the encoder; by default a tenth of the other")
     weight_decay: float = option(0.05, "of AdamW; norms and biases have none")
-    warmup: float = option(0.1, "share of the steps with rising rate, before the cosine decay to zero")
-    clip: float = option(1.0, "largest norm of the gradient")
     label_smoothing: float = option(0.0, "in [0, 1)")
     patience: int = option(10, "stop after this many epochs without a better validation; 0 never stops early")
     threshold: float | None = option(
@@ -159,14 +170,9 @@ class TrainingOptions:
         "share of patients whose prediction set shall hold the right label; sets of more than one label are referred "
         "to flow cytometry; fitted on the validation patients; 0 fits none",
     )
-    mixed_precision: Precision = option(AUTO, PRECISION_HELP)
-    checkpoint_every: int = option(0, "optimizer steps between checkpoints within an epoch; 0 = epoch ends only")
-    workers: int = option(0, "processes that decode images beside the training process")
-    tracker: Literal["tensorboard", "trackio", "wandb", "none"] = option("tensorboard", "where curves are logged")
     clinical_baseline: Literal["logistic", "forest", "boosting", "none"] = option(
         "logistic", "clinical-only model fitted beside the image model, on the same training patients"
     )
-    cpu: bool = option(False, "stay on the CPU though there is an accelerator")
 
 
 @dataclass(kw_only=True)

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .options import option
+from .options import LoopOptions, option
 from .precision import AUTO, PRECISION_HELP, Precision
 
 
 @dataclass(kw_only=True)
-class PretrainOptions:
+class PretrainOptions(LoopOptions):
     """What an encoder learns from, and how."""
 
     _argument_group_name: ClassVar[str] = "pretraining"
@@ -16,7 +16,6 @@ class PretrainOptions:
     data: list[str] = option(
         ..., "cells to learn from: folders of patients, folders of images (or of <cell_type>/*), parquet files"
     )
-    output: str = option(..., "run folder; must not exist yet, unless with --resume")
     split: str | None = option(
         None,
         "run folder or split file whose validation and test patients are left out; folders of patients need it: "
@@ -27,7 +26,6 @@ class PretrainOptions:
         "mae: reconstruct hidden patches, no labels needed; cell-type: learn the labels of the cells; patient-label: "
         "give every cell the label of its patient",
     )
-    resume: bool = option(False, "continue the run in --output exactly where its last checkpoint stands")
     encoder: str = option("vit_tiny_patch16_224", "any timm model name; a plain vision transformer for mae")
     encoder_weights: str | None = option(
         None, "start from 'timm' for published weights, or a file or folder of weights; by default random"
@@ -50,7 +48,6 @@ class PretrainOptions:
     probe_cells: int = option(2000, "most labelled cells on each side of the kNN probe; 0 makes none")
     figure_every: int = option(10, "mae: epochs between pictures of reconstructions; 0 draws the last only")
     augment: bool = option(True, "random views of the cells")
-    seed: int = option(0, "of everything random")
     epochs: int = option(100, "passes over the cells")
     batch_size: int = option(256, "cells per optimizer step, over all processes")
     micro_batch: int = option(256, "cells per forward pass of one process; changes memory, not the result")
@@ -58,16 +55,9 @@ class PretrainOptions:
         None, "peak rate; by default (He et al. 2022) batch size / 256 times 1.5e-4 for mae, 1e-3 for labels"
     )
     weight_decay: float = option(0.05, "of AdamW; norms, biases, positions and tokens have none")
-    warmup: float = option(0.1, "share of the steps with rising rate, before the cosine decay to zero")
-    clip: float = option(1.0, "largest norm of the gradient")
     patience: int = option(0, "stop after this many epochs without a better validation; 0 never stops early")
-    mixed_precision: Precision = option(AUTO, PRECISION_HELP)
-    checkpoint_every: int = option(0, "optimizer steps between checkpoints within an epoch; 0 = epoch ends only")
-    workers: int = option(0, "processes that decode images beside the training process")
     preload: bool = option(False, "decode every cell once and keep the pixels in memory (side x side x 3 bytes each)")
     cache_dir: str | None = option(None, "where the Arrow copy of a cohort goes; by default the datasets cache")
-    tracker: Literal["tensorboard", "trackio", "wandb", "none"] = option("tensorboard", "where curves are logged")
-    cpu: bool = option(False, "stay on the CPU though there is an accelerator")
 
 
 @dataclass(kw_only=True)
