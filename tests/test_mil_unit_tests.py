@@ -1,18 +1,11 @@
 """The bags of the algorithmic unit tests obey their rules, and their shortcuts fool a naive statistic."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from script_loader import script
 from sklearn.metrics import roc_auc_score
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "mil_unit_tests.py"
-spec = importlib.util.spec_from_file_location("mil_unit_tests", SCRIPT)
-suite = importlib.util.module_from_spec(spec)
-sys.modules["mil_unit_tests"] = suite  # dataclasses look their module up there
-spec.loader.exec_module(suite)
+suite = script("mil_unit_tests")
 
 EVERY_TEST = pytest.mark.parametrize("name", suite.TESTS)
 SHIFTED = pytest.mark.parametrize("shifted", [False, True])
