@@ -60,7 +60,7 @@ from .runs import Run
 from .sampling import balanced_weights
 from .splits import Split
 from .synthetic import write_synthetic_cohort
-from .training import TrainingLoop, make_accelerator
+from .training import TrainingLoop, make_accelerator, pretrained_batch_norms
 
 logger = logging.getLogger(__name__)
 
@@ -349,7 +349,7 @@ def _learn(
     sample_weights: Sequence[float] | None,
 ) -> Inference | None:
     """Train; the model then has the weights of the best epoch, and what it says of the validation patients is given."""
-    encoder = None
+    encoder, adapted = None, isinstance(model, PeftModel)
     if options.feature_cache is not None:
         # Features take the place of the images: the encoder steps aside, and nothing is left to decode.
         encoder, options = take_encoder(model), replace(options, workers=0)
@@ -368,8 +368,9 @@ def _learn(
         run.folder,
         validate=None if validation_set is None else validate,
         sample_weights=sample_weights,
-        # An adapter is new, like the head: it learns at the full rate.
-        encoder=None if isinstance(model, PeftModel) else model.model.encoder,
+        # An adapter is new, like the head: it learns at the full rate. What is around it is frozen anyway.
+        encoder=None if adapted else model.model.encoder,
+        fixed=() if adapted else pretrained_batch_norms(model.model.encoder),
     )
     progress = loop.run()
     predictions = None

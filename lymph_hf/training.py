@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -93,6 +94,7 @@ class TrainingLoop:
         sample_weights: chance of each example to be drawn; `None` sees each once per epoch.
         encoder: the part of the model that learns at `encoder_learning_rate`; `None` = no part does.
         optimizer: in place of AdamW with the rates and the weight decay of the options.
+        fixed: modules that stay in evaluation mode though their parameters may learn.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class TrainingLoop:
         sample_weights: Sequence[float] | None = None,
         encoder: nn.Module | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        fixed: Sequence[nn.Module] = (),
     ):
         self.accelerator = accelerator
         self.dataset = dataset
@@ -117,6 +120,7 @@ class TrainingLoop:
         self.folder = folder
         self.validate = validate
         self.monitors = monitors
+        self.fixed = fixed
         self.plan = EpochPlan(
             examples=len(dataset),
             batch_size=options.batch_size,
@@ -162,7 +166,7 @@ class TrainingLoop:
         return self.progress
 
     def _epoch(self, bar: tqdm) -> None:
-        set_training_mode(self.model)
+        set_training_mode(self.model, self.fixed)
         progress = self.progress
         step_loss = 0.0
         for micro_batch, batch in self._batches(progress.epoch, progress.step):
@@ -296,13 +300,33 @@ class TrainingLoop:
         self.model.eval()
 
 
-def set_training_mode(model: nn.Module) -> None:
-    """Training mode for what learns; frozen parts stay in evaluation mode, with fixed statistics and no dropout."""
+def set_training_mode(model: nn.Module, fixed: Sequence[nn.Module] = ()) -> None:
+    """Training mode for what learns; frozen and `fixed` parts stay in evaluation mode, without dropout."""
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()
+    for module in fixed:
+        module.eval()
+
+
+def pretrained_batch_norms(encoder: nn.Module) -> list[nn.Module]:
+    """The batch norms of a trained encoder that came with statistics; where others did not, a warning says so.
+
+    A bag model keeps them fixed: a forward pass sees few patients, often one, whose stain is not that of all. Fixed
+    statistics also keep the result independent of micro-batches and chunks.
+    """
+    trained = any(parameter.requires_grad for parameter in encoder.parameters())
+    norms = [module for module in encoder.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    learnt = [norm for norm in norms if bool(norm.running_mean.any())]
+    if trained and len(norms) > len(learnt):
+        logger.warning(
+            "The encoder has batch normalisation and random weights. It sees few patients at once in training and all "
+            "of them in validation, so the result depends on --micro-batch and --chunk-size and is often poor: "
+            "pretrain it on cells first (lymph pretrain), or take one with layer normalisation (vit_*, convnext_*)."
+        )
+    return learnt
 
 
 def parameter_groups(model: nn.Module, options: TrainingOptions, encoder: nn.Module | None = None) -> list[dict]:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lymph_hf import recipes
@@ -100,6 +101,34 @@ def test_micro_batches_change_the_memory_not_the_result(tiny_options, tmp_path):
     one, three = weights_of(tmp_path / "1"), weights_of(tmp_path / "3")
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, three[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.fixture
+def pretrained_resnet(tmp_path) -> str:
+    """A file of weights with statistics, as pretraining leaves them."""
+    encoder = timm.create_model("test_resnet", num_classes=0)
+    encoder(torch.rand(64, 3, 32, 32))
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
+    return str(tmp_path / "encoder.safetensors")
+
+
+def test_pretrained_batch_norms_keep_their_statistics(pretrained_resnet, tiny_options, tmp_path, caplog):
+    """They would be those of one patient at a time, and the result would depend on micro-batches."""
+    given = {"encoder": "test_resnet", "encoder_weights": pretrained_resnet, "dropout": 0.0, "mixed_precision": "no"}
+    for size in (1, 3):
+        recipes.train(*tiny_options(tmp_path / str(size), micro_batch=size, epochs=1, **given))
+    one, three, before = weights_of(tmp_path / "1"), weights_of(tmp_path / "3"), load_file(pretrained_resnet)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, three[name], rtol=1e-3, atol=1e-5, msg=name)
+        if "running" in name:
+            assert torch.equal(tensor, before[name.removeprefix("model.encoder.")]), name
+    assert any(not torch.equal(one[f"model.encoder.{name}"], tensor) for name, tensor in before.items())
+    assert "batch normalisation" not in caplog.text
+
+
+def test_batch_norms_with_random_weights_are_warned_about(tiny_options, tmp_path, caplog):
+    recipes.train(*tiny_options(tmp_path / "run", encoder="test_resnet", epochs=1))
+    assert "batch normalisation and random weights" in caplog.text
 
 
 def test_bf16_on_the_cpu_trains(tiny_options, tmp_path):
