@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 CLINICAL_MODEL = "clinical-model"
 BLEND = "blend.json"
+# Names of rows; of votes the beginning: "image vote, mean" ...
+NETWORK, CLINICAL_ALONE, BLENDED, VOTE = "network", "clinical alone", "blend", "image vote"
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Blend:
 
     def row(self, network: np.ndarray, clinical: np.ndarray) -> Row:
         """The blend of two predictions (n, C) of the same patients."""
-        return Row("blend", blend(network, clinical, self.clinical_weight), self.threshold)
+        return Row(BLENDED, blend(network, clinical, self.clinical_weight), self.threshold)
 
 
 def clinical_rows(run: Path, cohort: Cohort, network: np.ndarray, config: LymphMILConfig) -> list[Row]:
@@ -96,7 +98,7 @@ def clinical_rows(run: Path, cohort: Cohort, network: np.ndarray, config: LymphM
         return []
     model = ClinicalModel.load(run / CLINICAL_MODEL)
     probabilities = ordered_columns(model.predict_proba(cohort.to_frame()), model.label_names, label_names(config))
-    rows = [Row("clinical alone", probabilities, model.decision_threshold)]
+    rows = [Row(CLINICAL_ALONE, probabilities, model.decision_threshold)]
     chosen = Blend.load(run)
     return rows if chosen is None else [*rows, chosen.row(network, probabilities)]
 

@@ -85,12 +85,14 @@ COMMANDS = {
     ),
     "crossval": Command(
         "crossval:crossval",
-        (o.CohortOptions, oc.CrossvalOptions, o.ModelOptions, o.TrainingOptions),
+        (o.CohortOptions, oc.CrossvalOptions, o.ModelOptions, o.TrainingOptions, od.FoldTeacherOptions),
         "cross-validate a patient model, and save the models of the folds as one",
         (
             "lymph crossval --data cohort --output runs/folds --folds 5 --repeats 3",
             "lymph crossval --data cohort --output runs/folds --jobs 2 --resume",
             "lymph crossval --data cohort --output runs/nested --search search.yaml --trials 20",
+            "lymph crossval --output runs/folds --resume --baselines bag_size image_vote --learning-curve 0.25 0.5",
+            "lymph crossval --data cohort --output runs/small --encoder vit_tiny_patch16_224 --teacher runs/folds",
         ),
     ),
     "pretrain": Command(
@@ -278,9 +280,12 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, ...]:
         raise SystemExit(0)
     arguments = _name_positional(name, arguments)
     from_files = _from_config(parser, arguments) + _from_saved_run(arguments)
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(
-        [*from_files, *arguments], return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        *parsed, _, unknown = parser.parse_args_into_dataclasses(
+            [*from_files, *arguments], return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:  # a value that the options themselves refuse
+        parser.error(str(error))
     if unknown:
         parser.error(_unknown(parser, unknown))
     return tuple(parsed)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -18,11 +18,15 @@ import numpy as np
 import torch
 
 from .cohort import Cohort
+from .crossval_baselines import Case, read_baselines, write_baselines
 from .crossval_search import SearchSpace, search_settings
+from .distillation import Distillation
 from .files import remove_folder
 from .options import CohortOptions, EvaluateOptions, InferenceOptions, ModelOptions, SplitOptions, TrainingOptions
 from .options_crossval import CrossvalOptions
-from .recipes import evaluate, train
+from .options_distill import DistillOptions, FoldTeacherOptions
+from .recipes import evaluate, ordered_labels, train
+from .split_files import PARTS
 from .splits import Split, make_folds, make_split
 
 logger = logging.getLogger(__name__)
@@ -75,13 +79,18 @@ class Fold:
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """What is done for every fold alike: the options, and the settings to search, if any."""
+    """What is done for every fold alike: the options, the settings to search and the teacher, if any."""
 
     cohort_options: CohortOptions
     options: CrossvalOptions
     model: ModelOptions
     training: TrainingOptions
     space: SearchSpace | None = None
+    teacher: FoldTeacherOptions | None = None
+
+    def done(self, fold: Fold) -> bool:
+        """Whether nothing is left to do for a fold."""
+        return fold.finished and set(self.options.baseline_names) <= read_baselines(fold.folder).keys()
 
 
 def draw_folds(cohort: Cohort, options: CrossvalOptions, output: Path, seed: int) -> list[Fold]:
@@ -107,7 +116,20 @@ def draw_folds(cohort: Cohort, options: CrossvalOptions, output: Path, seed: int
 
 
 def run_fold(fold: Fold, plan: FoldPlan, cohort: Cohort) -> None:
-    """Search settings if asked to, train, and score the fold's own patients; what is done already is not repeated."""
+    """Search settings if asked to, train, score the fold's own patients, and put the baselines beside.
+
+    What is done already is not repeated.
+    """
+    training = plan.training
+    inference = InferenceOptions(mixed_precision=training.mixed_precision, workers=training.workers, cpu=training.cpu)
+    if not fold.finished:
+        _train_and_score(fold, plan, cohort, inference)
+    names = tuple(ordered_labels(cohort, plan.options.positive_label))
+    case = Case(fold.folder, cohort, fold.split, names, inference, training.feature_cache, fold.seed)
+    write_baselines(plan.options.baseline_names, case)
+
+
+def _train_and_score(fold: Fold, plan: FoldPlan, cohort: Cohort, inference: InferenceOptions) -> None:
     fold.split.save(fold.split_file)
     training = replace(plan.training, output=str(fold.folder), seed=fold.seed, resume=True)
     model = plan.model
@@ -120,7 +142,7 @@ def run_fold(fold: Fold, plan: FoldPlan, cohort: Cohort) -> None:
             fold.search_folder,
         )
     split_options = SplitOptions(split=str(fold.split_file), positive_label=plan.options.positive_label)
-    train(plan.cohort_options, split_options, model, training, cohort=cohort)
+    train(plan.cohort_options, split_options, model, training, teaching=_teaching(fold, plan), cohort=cohort)
     evaluation = EvaluateOptions(
         run=str(fold.folder),
         subset="test",
@@ -128,9 +150,47 @@ def run_fold(fold: Fold, plan: FoldPlan, cohort: Cohort) -> None:
         figures=False,  # a fold is too small to look at
         feature_cache=training.feature_cache,
     )
-    inference = InferenceOptions(mixed_precision=training.mixed_precision, workers=training.workers, cpu=training.cpu)
     evaluate(plan.cohort_options, evaluation, inference, cohort=cohort)
     remove_folder(fold.folder / "checkpoints")  # gigabytes over many folds, and nothing is left to resume
+
+
+def check_teacher(folds: Sequence[Fold], plan: FoldPlan) -> None:
+    """See that the teacher has the same folds, so that none of its models knows patients whom its student is scored on.
+
+    Raises:
+        CrossvalError: it has not, or is not finished; or what is asked for does not go with a teacher.
+    """
+    if plan.teacher is None:
+        return
+    if plan.space is not None or plan.options.learning_curve:
+        option = "--search" if plan.space is not None else "--learning-curve"
+        raise CrossvalError(
+            f"--teacher with {option}: it would be that of students without a teacher, or of one who "
+            "knows more patients than they; run it without --teacher."
+        )
+    for fold in folds:
+        taught = _fold_of(plan.teacher.teacher, fold)
+        if not taught.finished:
+            raise CrossvalError(f"--teacher {plan.teacher.teacher}: no finished {fold} there ({taught.folder}).")
+        split = Split.load(taught.split_file)
+        parts = [part for part in PARTS if set(getattr(split, part)) != set(getattr(fold.split, part))]
+        if parts:
+            raise CrossvalError(
+                f"--teacher {plan.teacher.teacher}: {fold} has other {' and '.join(parts)} patients there. Give both "
+                "the same data, --folds, --repeats, --validation-fraction and --seed."
+            )
+
+
+def _fold_of(crossval: str, fold: Fold) -> Fold:
+    """The same fold of another cross-validation."""
+    return replace(fold, folder=Path(crossval, *fold.folder.parts[-2:]))
+
+
+def _teaching(fold: Fold, plan: FoldPlan) -> Distillation | None:
+    if plan.teacher is None:
+        return None
+    options = asdict(plan.teacher) | {"teacher": [str(_fold_of(plan.teacher.teacher, fold).folder)]}
+    return Distillation(DistillOptions(**options))
 
 
 def run_folds(folds: Sequence[Fold], plan: FoldPlan, cohort: Cohort, logs: Path) -> None:
@@ -145,8 +205,8 @@ def run_folds(folds: Sequence[Fold], plan: FoldPlan, cohort: Cohort, logs: Path)
     jobs = plan.options.jobs
     if jobs < 1:
         raise CrossvalError(f"--jobs {jobs}: expected at least 1.")
-    waiting = [fold for fold in folds if not fold.finished]
-    progress = _Progress(folds)
+    waiting = [fold for fold in folds if not plan.done(fold)]
+    progress = _Progress(folds, len(waiting))
     if len(waiting) < len(folds):
         logger.info("%d of %d folds are finished already.", len(folds) - len(waiting), len(folds))
     finished = (
@@ -160,23 +220,22 @@ def run_folds(folds: Sequence[Fold], plan: FoldPlan, cohort: Cohort, logs: Path)
 class _Progress:
     """How far the folds are, how well they do, and how long the rest will take."""
 
-    def __init__(self, folds: Sequence[Fold]):
+    def __init__(self, folds: Sequence[Fold], waiting: int):
         self.folds = folds
         self.started = time.monotonic()
-        self.before = sum(fold.finished for fold in folds)
+        self.waiting = self.left = waiting
 
     def log(self, fold: Fold) -> None:
         """Say that a fold is finished."""
-        finished = [fold for fold in self.folds if fold.finished]
-        areas = [_auroc(fold) for fold in finished]
-        per_fold = (time.monotonic() - self.started) / (len(finished) - self.before)
-        left = (len(self.folds) - len(finished)) * per_fold
+        self.left -= 1
+        areas = [_auroc(fold) for fold in self.folds if fold.finished]
+        left = self.left * (time.monotonic() - self.started) / (self.waiting - self.left)
         logger.info(
             "%s: AUROC %.3f on %d patients. %d of %d folds done, mean AUROC so far %.3f%s",
             fold,
             _auroc(fold),
             fold.report["n"],
-            len(finished),
+            len(self.folds) - self.left,
             len(self.folds),
             np.nanmean(areas) if not np.isnan(areas).all() else np.nan,
             f", about {_duration(left)} left" if left else "",

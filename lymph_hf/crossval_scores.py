@@ -1,29 +1,24 @@
 """Out-of-fold predictions: every patient, predicted by models that were not trained on it."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pandas as pd
 
-from .baselines import BLEND, CLINICAL_MODEL, Blend
+from .baselines import BLEND, BLENDED, CLINICAL_ALONE, CLINICAL_MODEL, NETWORK, Blend
+from .crossval_baselines import read_baselines, row_file
 from .crossval_folds import CrossvalError, Fold
-from .metrics import Bootstrap, Interval, bootstrap_intervals, decide, weighted_scores
+from .metrics import Bootstrap, Interval, decide, weighted_scores
 from .metrics_checks import ratio
-from .metrics_comparison import delong_test, paired_bootstrap
 from .metrics_summary import clinical_intervals
 
-NETWORK = "network"
-CLINICAL = "clinical alone"
-BLENDED = "blend"
 WITHIN_FOLDS = "auroc_within_folds"
 # Scores of the decisions, not of the probabilities.
-_OF_DECISIONS = ("balanced_accuracy", "sensitivity", "specificity", "accuracy")
-# Their definition knows no threshold, so that they can be compared whatever each fold's is.
-_COMPARED = ("auroc", "auprc", "brier")
+OF_DECISIONS = ("balanced_accuracy", "sensitivity", "specificity", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -49,15 +44,21 @@ class Predictions:
             return (self.probabilities[:, 1] >= self.thresholds).astype(int)
         return decide(self.probabilities)
 
-    def intervals(self, *, resamples: int, seed: int) -> dict[str, Interval]:
+    @property
+    def certain(self) -> np.ndarray:
+        """(n, C): what is decided, as probabilities of 0 or 1, for scores of decisions."""
+        return np.eye(self.probabilities.shape[1])[self.decided]
+
+    def intervals(self, bootstrap: Bootstrap) -> dict[str, Interval]:
         """Every score with its bootstrap interval over patients, decisions at the patients' own thresholds."""
-        found = bootstrap_intervals(self.labels, self.probabilities, resamples=resamples, seed=seed)
-        # A decision is a probability of 0 or 1.
-        certain = np.eye(self.probabilities.shape[1])[self.decided]
-        decisions = bootstrap_intervals(self.labels, certain, resamples=resamples, seed=seed)
-        found |= {name: decisions[name] for name in _OF_DECISIONS if name in found}
+        both = self.probabilities, self.certain
+
+        def statistics(weights: np.ndarray) -> dict[str, np.ndarray]:
+            found, decisions = (weighted_scores(self.labels, p, 0.5, weights) for p in both)
+            return found | {name: decisions[name] for name in OF_DECISIONS if name in found}
+
+        found = bootstrap.intervals(statistics, len(self.labels))
         if self.probabilities.shape[1] == 2:
-            bootstrap = Bootstrap(resamples, seed=seed)
             found |= clinical_intervals(self.labels, self.probabilities, threshold=0.5, bootstrap=bootstrap)
         return found
 
@@ -155,15 +156,14 @@ class OutOfFold:
             areas.append(weighted_scores(labels[rows], probabilities[rows], 0.5, drawn)["auroc"])
         return ratio(np.nansum(areas, axis=0), (~np.isnan(areas)).sum(axis=0))
 
-    def intervals(self, *, resamples: int, seed: int) -> dict[str, Interval]:
+    def intervals(self, bootstrap: Bootstrap) -> dict[str, Interval]:
         """Scores of the pooled predictions, and the AUROC within folds."""
         pooled = self.predictions()
 
         def within(weights: np.ndarray) -> dict[str, np.ndarray]:
             return {WITHIN_FOLDS: self.auroc_within_folds(weights)}
 
-        found = pooled.intervals(resamples=resamples, seed=seed)
-        return found | Bootstrap(resamples, seed=seed).intervals(within, len(pooled.labels))
+        return pooled.intervals(bootstrap) | bootstrap.intervals(within, len(pooled.labels))
 
     def by_repeat(self) -> dict[int, Predictions]:
         """Repeat -> predictions of all patients."""
@@ -192,17 +192,30 @@ def read_clinical(fold: Fold) -> tuple[pd.DataFrame, float]:
 
 
 def out_of_fold(folds: Sequence[Fold], label_names: Sequence[str]) -> dict[str, OutOfFold]:
-    """Predictions of the networks, and of the clinical models and the blends where every fold has them.
+    """Predictions of the networks, and of whatever every fold has beside: clinical models, blends, baselines.
 
     Raises:
         CrossvalError: as `OutOfFold.collect`.
     """
     found = {NETWORK: OutOfFold.collect(folds, label_names, read_network)}
     if all((fold.folder / "clinical-test.csv").exists() for fold in folds):
-        found[CLINICAL] = OutOfFold.collect(folds, label_names, read_clinical)
+        found[CLINICAL_ALONE] = OutOfFold.collect(folds, label_names, read_clinical)
         if all((fold.folder / BLEND).exists() for fold in folds):
             found[BLENDED] = OutOfFold.collect(folds, label_names, lambda fold: _read_blend(fold, label_names))
+    rows = [_thresholds(fold) for fold in folds]
+    for name in rows[0]:
+        if all(name in of_fold for of_fold in rows):
+            found[name] = OutOfFold.collect(folds, label_names, lambda fold, name=name: _read_row(fold, name))
     return found
+
+
+def _thresholds(fold: Fold) -> dict[str, float]:
+    """Row of the fold's baselines -> its threshold."""
+    return {row: threshold for rows in read_baselines(fold.folder).values() for row, threshold in rows.items()}
+
+
+def _read_row(fold: Fold, name: str) -> tuple[pd.DataFrame, float]:
+    return _read(row_file(fold.folder, name)), _thresholds(fold)[name]
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -219,93 +232,3 @@ def _read_blend(fold: Fold, label_names: Sequence[str]) -> tuple[pd.DataFrame, f
     decided = decide(row.probabilities, threshold=row.threshold)
     table["predicted_label"] = [label_names[number] for number in decided]
     return table.drop(columns="decision", errors="ignore"), row.threshold
-
-
-# Report -----------------------------------------------------------------------------------------------------
-
-
-def crossval_report(
-    folds: Sequence[Fold], models: Mapping[str, OutOfFold], *, resamples: int, seed: int
-) -> dict[str, Any]:
-    """What `metrics.json` of a cross-validation holds: pooled scores first, then repeats, folds and the other models.
-
-    Args:
-        folds: all, finished.
-        models: from `out_of_fold`.
-        resamples, seed: of the bootstrap over patients.
-    """
-    network = models[NETWORK]
-    pooled = network.predictions()
-    names = network.label_names
-    repeats = {
-        repeat: predictions.intervals(resamples=resamples, seed=seed)
-        for repeat, predictions in network.by_repeat().items()
-    }
-    counts = np.bincount(pooled.labels, minlength=len(names)).tolist()
-    several = f", averaged over {len(repeats)} repeats" if len(repeats) > 1 else ""
-    number = max(fold.number for fold in folds)
-    return {
-        "patients": f"all labelled patients, each predicted out of fold ({number} folds{several})",
-        "n": len(pooled.labels),
-        "n_per_label": dict(zip(names, counts, strict=True)),
-        "threshold": None,  # each patient is decided at that of its fold
-        "prevalence": None,
-        "interval": f"95% percentile bootstrap over patients, {resamples} resamples, seed {seed}",
-        "scores": _plain(network.intervals(resamples=resamples, seed=seed)),
-        "folds_spread": _spread([_values(fold.report["scores"]) for fold in folds]),
-        "repeats_spread": _spread([{name: i.value for name, i in scores.items()} for scores in repeats.values()]),
-        "repeats": [{"repeat": repeat, "scores": _plain(scores)} for repeat, scores in repeats.items()],
-        "folds": [_fold_row(fold) for fold in folds],
-        "baselines": {
-            name: _beside(network, model, resamples=resamples, seed=seed)
-            for name, model in models.items()
-            if name != NETWORK
-        },
-    }
-
-
-def _fold_row(fold: Fold) -> dict[str, Any]:
-    report = fold.report
-    return {
-        "repeat": fold.repeat,
-        "fold": fold.number,
-        "n": report["n"],
-        "n_per_label": report["n_per_label"],
-        "threshold": report["threshold"],
-        "scores": report["scores"],
-    }
-
-
-def _beside(network: OutOfFold, model: OutOfFold, *, resamples: int, seed: int) -> dict[str, Any]:
-    """Scores of another model on the same patients, and the lead of the network over it."""
-    bootstrap = Bootstrap(resamples, seed=seed)
-    pooled, other = network.predictions(), model.predictions()
-    lead = paired_bootstrap(pooled.labels, other.probabilities, pooled.probabilities, bootstrap=bootstrap)
-
-    def within(weights: np.ndarray) -> dict[str, np.ndarray]:
-        return {WITHIN_FOLDS: network.auroc_within_folds(weights) - model.auroc_within_folds(weights)}
-
-    report = {
-        "threshold": None,
-        "scores": _plain(model.intervals(resamples=resamples, seed=seed)),
-        "network_lead": {name: lead[name].as_dict() for name in _COMPARED if name in lead},
-        "network_lead_within_folds": bootstrap.intervals(within, len(pooled.labels))[WITHIN_FOLDS].as_dict(),
-    }
-    if pooled.probabilities.shape[1] == 2:
-        report["delong"] = delong_test(pooled.labels, other.probabilities, pooled.probabilities).as_dict()
-    return report
-
-
-def _values(scores: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
-    return {name: np.nan if stored["value"] is None else stored["value"] for name, stored in scores.items()}
-
-
-def _spread(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean, standard deviation and range of each score over folds or repeats; undefined ones are left out."""
-    table = pd.DataFrame(rows)
-    spread = {"mean": table.mean(), "sd": table.std(ddof=1), "lowest": table.min(), "highest": table.max()}
-    return {name: {kind: float(values[name]) for kind, values in spread.items()} for name in table}
-
-
-def _plain(intervals: Mapping[str, Interval]) -> dict[str, dict[str, float | None]]:
-    return {name: interval.as_dict() for name, interval in intervals.items()}

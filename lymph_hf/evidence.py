@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from .baselines import Row
+from .baselines import BLENDED, CLINICAL_ALONE, NETWORK, Row
 from .calibration import shift_prevalence
 from .cohort import CLINICAL, Cohort, Patient
 from .configuration_lymph import LymphMILConfig
 from .images import open_cell_image
-from .inference import Inference
+from .inference import Inference, write_table
 from .metrics import Bootstrap, Interval, decide
 from .metrics_decision import decision_curve
 from .metrics_subgroups import clinical_groups, subgroup_scores
@@ -36,7 +37,8 @@ def write_evidence(
     """Draw the evidence into `folder`, and return what of it belongs into `metrics.json`.
 
     `curves.png`, `decision-curve.png`, `calibration.png` and `subgroups.png` of a model of two labels whose patients
-    have both; `cells.png`, the cells with the most weight in patients answered rightly and wrongly, of any model.
+    have both; `cells.png`, the cells with the most weight in patients answered rightly and wrongly, of any model. The
+    figures name no patient; `cells.csv` says whose cells are shown.
 
     Args:
         cohort: the scored patients, in the order of the predictions.
@@ -50,10 +52,18 @@ def write_evidence(
     cells_figure(folder / "cells.png", cohort, labels, predictions, config)
     if config.num_labels != 2 or len(set(labels.tolist())) != 2:
         return {}
-    by_name = {"network": predictions.probabilities} | {row.name: row.probabilities for row in rows}
-    curves_figure(labels, by_name, folder / "curves.png", level=bootstrap.level, seed=bootstrap.seed)
-    calibration_figure(labels, by_name, folder / "calibration.png", positive=config.id2label[1])
-    _draw_benefit(folder / "decision-curve.png", labels, by_name, config, prevalence, bootstrap)
+    by_name = {NETWORK: predictions.probabilities} | {row.name: row.probabilities for row in rows}
+    # The frozen threshold is one of probabilities that are not moved to a prevalence.
+    threshold = config.decision_threshold if prevalence is None else None
+    probability_figures(
+        folder,
+        labels,
+        by_name,
+        positive=config.id2label[1],
+        threshold=threshold,
+        prevalence=prevalence,
+        bootstrap=bootstrap,
+    )
     groups = known_groups(cohort)
     if not groups:
         return {}
@@ -62,6 +72,38 @@ def write_evidence(
     )
     subgroup_figure(subgroups, folder / "subgroups.png", overall=auroc)
     return {"subgroups": [group.as_dict() for group in subgroups]}
+
+
+def probability_figures(
+    folder: Path,
+    labels: np.ndarray,
+    by_name: Mapping[str, np.ndarray],
+    *,
+    positive: str,
+    threshold: float | None = None,
+    prevalence: float | None = None,
+    bootstrap: Bootstrap | None = None,
+) -> None:
+    """`curves.png`, `calibration.png` and `decision-curve.png` of predictions of patients with both of two labels.
+
+    Args:
+        by_name: name -> probabilities (n, 2), the network first.
+        positive: name of the second label.
+        threshold: to be marked in the decision curve.
+        prevalence: to move the probabilities to, for the decision curve.
+    """
+    curves_figure(labels, by_name, folder / "curves.png", bootstrap=bootstrap)
+    network = {name: by_name[name] for name in list(by_name)[:1]}
+    calibration_figure(labels, network, folder / "calibration.png", positive=positive, bootstrap=bootstrap)
+    # Nobody would decide by the number of images or the vote of the cells.
+    by_name = {name: by_name[name] for name in (NETWORK, CLINICAL_ALONE, BLENDED) if name in by_name}
+    if prevalence is not None:
+        sample = float(labels.mean())
+        by_name = {name: shift_prevalence(p, of_sample=sample, to=prevalence) for name, p in by_name.items()}
+    curves = {
+        name: decision_curve(labels, p, prevalence=prevalence, bootstrap=bootstrap) for name, p in by_name.items()
+    }
+    decision_curve_figure(curves, folder / "decision-curve.png", threshold=threshold)
 
 
 def known_groups(cohort: Cohort) -> dict[str, list[str]]:
@@ -75,44 +117,30 @@ def known_groups(cohort: Cohort) -> dict[str, list[str]]:
     return {name: of_patient for name, of_patient in groups.items() if name in recorded}
 
 
-def _draw_benefit(
-    path: Path,
-    labels: np.ndarray,
-    by_name: Mapping[str, np.ndarray],
-    config: LymphMILConfig,
-    prevalence: float | None,
-    bootstrap: Bootstrap,
-) -> None:
-    """Decision curves at the stated prevalence, the probabilities moved to it."""
-    if prevalence is not None:
-        sample = float(labels.mean())
-        by_name = {name: shift_prevalence(p, of_sample=sample, to=prevalence) for name, p in by_name.items()}
-    curves = {
-        name: decision_curve(labels, probabilities, prevalence=prevalence, bootstrap=bootstrap)
-        for name, probabilities in by_name.items()
-    }
-    # The frozen threshold is one of unmoved probabilities.
-    decision_curve_figure(curves, path, threshold=config.decision_threshold if prevalence is None else None)
-
-
 def cells_figure(
     path: Path, cohort: Cohort, labels: np.ndarray, predictions: Inference, config: LymphMILConfig
 ) -> None:
-    """The cells with the most weight, of the patients answered most surely rightly and most surely wrongly."""
+    """The cells with the most weight, of the patients answered most surely rightly and most surely wrongly.
+
+    The figure goes into the page, which is passed on: it numbers the patients, and `cells.csv` beside it says who they
+    are.
+    """
     decided = decide(predictions.probabilities, threshold=config.decision_threshold)
     sure = predictions.probabilities[np.arange(len(labels)), decided]
-    images, captions = [], []
+    images, captions, shown = [], [], []
     for right in (True, False):
         answered = np.flatnonzero((decided == labels) == right)
         for index in answered[np.argsort(-sure[answered], kind="stable")][:PATIENTS_PER_ANSWER]:
             patient, weights = cohort.patients[index], predictions.attentions[index]
             said = config.id2label[int(decided[index])]
+            shown.append((len(shown) + 1, patient.patient_id, patient.label, said))
             for cell in np.argsort(-weights, kind="stable")[:CELLS_PER_PATIENT]:
                 images.append(_cell(patient, int(cell)))
-                captions.append(
-                    f"{patient.patient_id}: {said}, {'right' if right else 'WRONG'}\nweight {weights[cell]:.3f}"
-                )
+                answer = f"{said}, {'right' if right else 'WRONG'}"
+                captions.append(f"patient {len(shown)}: {answer}\nweight {weights[cell]:.3f}")
     gallery(images, captions, path, columns=CELLS_PER_PATIENT, title="Cells with the most weight, surest answers first")
+    columns = ["number", "patient_id", "label", "predicted_label"]
+    write_table(pd.DataFrame(shown, columns=columns), path.with_suffix(".csv"))
 
 
 def _cell(patient: Patient, index: int):

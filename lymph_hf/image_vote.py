@@ -1,11 +1,12 @@
 """The image vote: a classifier of single cells asks every cell of a patient, and the answers are counted.
 
-It is the baseline of the two-stage recipe: what the first stage says of patients without a second one.
+It is the baseline of the two-stage recipe: what the first stage says of patients without a second one. The classifier
+is that first stage (`image_vote`), or a linear one over the features of an encoder (`feature_vote`).
 """
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from transformers import AutoImageProcessor, AutoModel
 
 from .bags import BagDataset, build_bags, collate_bags
-from .baselines import Row, frozen_threshold, ordered_columns
+from .baselines import VOTE, Row, frozen_threshold, ordered_columns
 from .cohort import Cohort, read_cohort, scan_images
 from .configuration_lymph import LymphMILConfig
 from .evaluation import evaluation_patients, label_names
@@ -31,11 +35,14 @@ from .options_recipe import ImageVoteOptions
 from .processing_lymph import LymphImageProcessor
 from .reporting import scores_table
 from .runs import Run, RunError
+from .sampling import class_weights
+from .splits import Split
 from .training import make_accelerator
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "image-vote"
+VOTES = ("majority", "mean")
 _THRESHOLDS = "thresholds.json"
 
 
@@ -92,9 +99,7 @@ def image_vote(cohort_options: CohortOptions, options: ImageVoteOptions, inferen
     cells = cell_probabilities(model, processor, cohort, accelerator, inference.workers, cohort_options.cache_dir)
     cells = [ordered_columns(rows, label_names(model.config), wanted) for rows in cells]
     labels = [wanted.index(patient.label) for patient in cohort.patients]
-    thresholds = {
-        name: frozen_threshold(labels, np.stack([votes(rows)[name] for rows in cells])) for name in votes(cells[0])
-    }
+    thresholds = _thresholds(labels, cells)
     rows = _rows(cells, thresholds)
     report = {"patients": f"{note}, who also chose the thresholds: not a test", "n": len(labels), "votes": {}}
     for row in rows:
@@ -136,6 +141,35 @@ def vote_rows(
     thresholds = json.loads((run / FOLDER / _THRESHOLDS).read_text(encoding="utf-8"))
     cells = cell_probabilities(model, processor, cohort, accelerator, workers, cache_dir)
     return _rows([ordered_columns(rows, label_names(model.config), label_names(config)) for rows in cells], thresholds)
+
+
+def feature_vote(features: Mapping[str, torch.Tensor], cohort: Cohort, split: Split, names: Sequence[str]) -> list[Row]:
+    """The vote of a linear classifier of cells on the test patients of a split, in their order.
+
+    A logistic regression learns the patient's label from each cell of the training patients. The cells of a patient
+    weigh together as much as one patient, whatever their number, and all labels weigh the same. The validation
+    patients choose the thresholds, the test patients nothing.
+
+    Args:
+        features: patient -> (N, D), of all patients of the split.
+        cohort: holds the patients of the split, labelled.
+        names: of the labels, in the order of their numbers.
+    """
+
+    def numbers(ids: Sequence[str]) -> list[int]:
+        return [names.index(patient.label) for patient in cohort.select(ids).patients]
+
+    labels, bags = numbers(split.train), [features[patient_id].numpy() for patient_id in split.train]
+    sizes, balance = [len(bag) for bag in bags], class_weights(labels, len(names))
+    weights = np.repeat([balance[label] / size for label, size in zip(labels, sizes, strict=True)], sizes)
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    weighted = {f"{step}__sample_weight": weights for step, _ in classifier.steps}
+    classifier.fit(np.concatenate(bags), np.repeat(labels, sizes), **weighted)
+    validation, test = (
+        [classifier.predict_proba(features[patient_id].numpy()) for patient_id in ids]
+        for ids in (split.validation, split.test)
+    )
+    return _rows(test, _thresholds(numbers(split.validation), validation))
 
 
 def read_classifier(source: str | Path) -> tuple[LymphMILForBagClassification, LymphImageProcessor]:
@@ -186,17 +220,24 @@ def vote_table(cohort: Cohort, rows: Sequence[Row], names: Sequence[str]) -> pd.
         }
     )
     for row in rows:
-        vote = row.name.removeprefix("image vote, ")
+        vote = row.name.removeprefix(f"{VOTE}, ")
         shown = {vote: 1} if len(names) == 2 else {f"{vote}_{name}": column for column, name in enumerate(names)}
         for title, column in shown.items():
             table[title] = row.probabilities[:, column]
     return table
 
 
+def _thresholds(labels: Sequence[int], cells: Sequence[np.ndarray]) -> dict[str, float]:
+    """The threshold of each vote, chosen on these patients; 0.5 where it cannot be."""
+    if len(cells) == 0:
+        return dict.fromkeys(VOTES, 0.5)
+    return {name: frozen_threshold(labels, np.stack([votes(rows)[name] for rows in cells])) for name in VOTES}
+
+
 def _rows(cells: Sequence[np.ndarray], thresholds: dict[str, float]) -> list[Row]:
     counted = [votes(rows) for rows in cells]
     return [
-        Row(f"image vote, {name}", np.stack([patient[name] for patient in counted]), threshold)
+        Row(f"{VOTE}, {name}", np.stack([patient[name] for patient in counted]), threshold)
         for name, threshold in thresholds.items()
     ]
 

@@ -55,33 +55,23 @@ def roc_points(labels: ArrayLike, probabilities: ArrayLike) -> tuple[Floats, Flo
 
 
 def roc_band(
-    labels: ArrayLike,
-    probabilities: ArrayLike,
-    *,
-    resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-    points: int = 101,
+    labels: ArrayLike, probabilities: ArrayLike, *, bootstrap: Bootstrap | None = None, points: int = 101
 ) -> tuple[Floats, Floats, Floats]:
     """Pointwise bootstrap band of the ROC curve: false-positive rates, lower, upper sensitivity, (points,).
 
-    The resamples are those of `bootstrap_intervals` with the same seed; those without patients of both
-    classes are left out.
+    Resamples without patients of both classes are left out.
+
+    Args:
+        bootstrap: how the band is made; None means `Bootstrap()`. An equal one draws what `bootstrap_intervals` draws.
 
     Raises:
-        ValueError: as `roc_points` and `bootstrap_intervals`; every resample held one class only.
+        ValueError: as `roc_points`; every resample held one class only.
     """
-    return _band(labels, probabilities, _sensitivity_at, Bootstrap(resamples, level, seed), points)
+    return _band(labels, probabilities, _sensitivity_at, bootstrap or Bootstrap(), points)
 
 
 def precision_recall_band(
-    labels: ArrayLike,
-    probabilities: ArrayLike,
-    *,
-    resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-    points: int = 101,
+    labels: ArrayLike, probabilities: ArrayLike, *, bootstrap: Bootstrap | None = None, points: int = 101
 ) -> tuple[Floats, Floats, Floats]:
     """Pointwise bootstrap band of the precision-recall curve: recalls, lower, upper precision, (points,).
 
@@ -91,7 +81,7 @@ def precision_recall_band(
     Raises:
         ValueError: as `roc_band`.
     """
-    return _band(labels, probabilities, _precision_at, Bootstrap(resamples, level, seed), points)
+    return _band(labels, probabilities, _precision_at, bootstrap or Bootstrap(), points)
 
 
 def _band(

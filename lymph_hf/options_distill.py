@@ -1,4 +1,4 @@
-"""Options of `lymph distill`, beside those of `lymph train` for the student."""
+"""Options of distillation, beside those of `lymph train` or `lymph crossval` for the student."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -7,8 +7,8 @@ from .options import option
 
 
 @dataclass(kw_only=True)
-class DistillOptions:
-    """Who teaches, and what the student learns from it.
+class TeachingOptions:
+    """What a student learns from its teacher.
 
     Raises:
         ValueError: a number outside its range.
@@ -16,11 +16,6 @@ class DistillOptions:
 
     _argument_group_name: ClassVar[str] = "distillation"
 
-    teacher: list[str] = option(
-        ...,
-        "run folder, model folder or Hub id of a patient model, or RUN/clinical-model; the probabilities of several "
-        "are averaged",
-    )
     alpha: float = option(
         0.5, "share of the labels in the loss, in [0, 1]; the teacher has the rest, 1 is plain training"
     )
@@ -40,3 +35,25 @@ class DistillOptions:
         for name in ("feature_weight", "attention_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 (without) or more.")
+
+
+@dataclass(kw_only=True)
+class DistillOptions(TeachingOptions):
+    """Who teaches, and what the student learns from it."""
+
+    teacher: list[str] = option(
+        ...,
+        "run folder, model folder or Hub id of a patient model, or RUN/clinical-model; the probabilities of several "
+        "are averaged",
+    )
+
+
+@dataclass(kw_only=True)
+class FoldTeacherOptions(TeachingOptions):
+    """Who teaches the models of a cross-validation."""
+
+    teacher: str | None = option(
+        None,
+        "output of another lymph crossval with the same patients, folds and seed: the model of each of its folds "
+        "teaches that of the same fold, so that no teacher knows the patients that its student is scored on",
+    )

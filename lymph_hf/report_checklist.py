@@ -43,7 +43,7 @@ def checklist(
     """The items in their order. Each mapping may be empty: a model without its run cannot tell how it was made."""
     filled = {
         **_data(metrics, cohort, config),
-        **_methods(validation, settings, config),
+        **_methods(metrics, validation, settings, config),
         **_results(metrics, cohort, settings, config),
     }
     items = [Item(number, topic) for number, topic in _AUTHORS.items()]
@@ -73,20 +73,32 @@ def _data(metrics: Mapping[str, Any], cohort: Mapping[str, Any], config: Mapping
 
 
 def _counts(cohort: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    parts = [f"{count} patients to {part}" for part, count in cohort.get("patients", {}).items() if count]
+    if folds := metrics.get("folds"):
+        parts = [f"{metrics['n']} patients, each in one of {max(fold['fold'] for fold in folds)} folds"]
+    else:
+        parts = [f"{count} patients to {part}" for part, count in cohort.get("patients", {}).items() if count]
     per_label = ", ".join(f"{count} {name}" for name, count in metrics["n_per_label"].items())
     return "; ".join([*parts, f"scored: {metrics['n']} ({per_label}); no formal calculation"])
 
 
-def _methods(validation: Mapping[str, Any], settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple]:
+def _methods(
+    metrics: Mapping[str, Any], validation: Mapping[str, Any], settings: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, tuple]:
     model = f"{config.get('encoder')}, pooling {config.get('pooling')}, fusion {config.get('fusion')}"
     chosen = "epoch, calibration, threshold and prediction sets chosen on validation patients" if validation else None
+    threshold = f"threshold {config.get('decision_threshold', 0.5):.3g}"
+    if folds := metrics.get("folds"):
+        number, repeats = (max(fold[name] for fold in folds) for name in ("fold", "repeat"))
+        often = f", repeated {repeats} times" if repeats > 1 else ""
+        inside = "epoch, calibration and threshold chosen on validation patients inside each fold"
+        chosen = f"internal validation by {number}-fold cross-validation{often}; {inside}"
+        threshold = "the threshold of each fold"
     balance = {"weights": "class weights in the loss", "sampling": "balanced sampling", "none": "none"}
     corrected = balance.get(settings.get("balance", ""))
     return {
         "12": ("Analytical methods", f"{model}; {chosen}" if chosen else model),
         "13": ("Class imbalance", corrected and f"{corrected}; {_calibration(config)}"),
-        "15": ("Model output", f"probability of each label; threshold {config.get('decision_threshold', 0.5):.3g}"),
+        "15": ("Model output", f"probability of each label; {threshold}"),
     }
 
 
@@ -99,6 +111,7 @@ def _results(
     metrics: Mapping[str, Any], cohort: Mapping[str, Any], settings: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, tuple]:
     subgroups = metrics.get("subgroups")
+    weights = "lymph-mil/" if settings.get("ensemble", True) else "repeat-*/fold-*/lymph-mil/"
     in_groups = "scores by age, sex and count, as far as recorded" if subgroups else None
     return {
         "14": ("Fairness", in_groups),
@@ -110,7 +123,7 @@ def _results(
         "21": ("Model development: participants and events in each analysis", _counts(cohort, metrics)),
         "22": (
             "Model specification",
-            "configuration and weights in lymph-mil/, all settings below" if settings else None,
+            f"configuration and weights in {weights}, all settings below" if settings else None,
         ),
         "23": ("Model performance with intervals", f"below; {metrics.get('interval', '')}"),
         "24": ("Model updating", "none"),

@@ -1,4 +1,7 @@
-"""A run as one HTML page: scores, figures, exclusions, settings and the TRIPOD+AI checklist; it needs no network."""
+"""A run or a cross-validation as one HTML page, which needs no network.
+
+It holds scores, figures, exclusions, settings and the TRIPOD+AI checklist.
+"""
 
 import base64
 import json
@@ -27,6 +30,16 @@ EVALUATION_FIGURES = (
         "ROC curve with its band, reliability, the probability of every patient, and the answers at the threshold.",
     ),
     (
+        "crossval.png",
+        "Folds",
+        "Every patient is scored by models that never saw it. Their spread is how far one split can mislead.",
+    ),
+    (
+        "baselines.png",
+        "Beside the network, in the same folds",
+        "Where the interval holds 0 no lead is shown. Images that tell labels apart by their number are a shortcut.",
+    ),
+    (
         "figures/curves.png",
         "ROC and precision-recall curves",
         "The network with its band, beside the others. Where the clinic alone draws the same, images added nothing.",
@@ -51,7 +64,11 @@ EVALUATION_FIGURES = (
         "Cells behind right and wrong answers",
         "The weight of a cell is the model's, not an expert's.",
     ),
-    ("crossval.png", "Cross-validation", "Every patient is scored by models that never saw it."),
+    (
+        "learning-curve.png",
+        "Learning curve",
+        "Where it still rises at its end, more patients are worth more than another model.",
+    ),
 )
 TRAINING_FIGURES = (
     ("history.png", "Training", "Losses and validation scores by epoch; the marked epoch was kept."),
@@ -61,7 +78,7 @@ MAIN_SCORES = ("auroc", "auprc", "balanced_accuracy", "sensitivity", "specificit
 
 
 def report(options: ReportOptions) -> Path:
-    """Write the page of a finished run; `lymph evaluate` writes it as well.
+    """Write the page of a finished run or cross-validation; `lymph evaluate` and `lymph crossval` write it as well.
 
     Raises:
         RunError: the folder is no run, or holds no scores yet.
@@ -74,7 +91,7 @@ def write_page(run: Path, *, evaluation: Path, page: str | Path | None = None) -
     """Write `report.html`, with every picture inside.
 
     Args:
-        run: folder of the run; of a model alone only the evaluation is shown.
+        run: folder of the run or cross-validation; of a model alone only the evaluation is shown.
         evaluation: folder with `metrics.json` and figures.
         page: where to write; by default `report.html` in `evaluation`.
 
@@ -84,10 +101,12 @@ def write_page(run: Path, *, evaluation: Path, page: str | Path | None = None) -
     metrics, validation = (
         _read(folder / name) for folder, name in ((evaluation, "metrics.json"), (run, "validation.json"))
     )
+    settings, cohort, config = _read(run / "settings.json"), _read(run / "cohort.json"), _config(run)
     if not metrics and not validation:
-        raise RunError(f"{evaluation} holds no scores: run lymph evaluate {run} --data FOLDER first.")
-    settings, cohort = _read(run / "settings.json"), _read(run / "cohort.json")
-    config = _read(Run(run).model / "config.json") or _read(run / "config.json")
+        unfinished = f"lymph crossval --resume --output {run}" if "folds" in settings else None
+        raise RunError(
+            f"{evaluation} holds no scores: run {unfinished or f'lymph evaluate {run} --data FOLDER'} first."
+        )
     content = {
         "name": run.resolve().name,
         "version": __version__,
@@ -95,7 +114,8 @@ def write_page(run: Path, *, evaluation: Path, page: str | Path | None = None) -
         "validation": validation,
         "score_rows": _score_rows(metrics or validation),
         "compared": _compared(metrics or validation),
-        "folds": metrics.get("folds", []),
+        "folds": _fold_rows(metrics),
+        "curve": _read(evaluation / "learning-curve.json"),
         "figures": _pictures(evaluation, EVALUATION_FIGURES),
         "training_figures": _pictures(run, TRAINING_FIGURES),
         "patients": cohort.get("patients", {}),
@@ -110,7 +130,7 @@ def write_page(run: Path, *, evaluation: Path, page: str | Path | None = None) -
     }
     template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True)
-    environment.filters |= {"words": words, "interval": _interval_text}
+    environment.filters |= {"words": words, "interval": _interval_text, "number": _number_text}
     path = Path(page) if page else evaluation / "report.html"
     write_text(path, environment.from_string(template).render(content))
     return path
@@ -118,6 +138,35 @@ def write_page(run: Path, *, evaluation: Path, page: str | Path | None = None) -
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _config(run: Path) -> dict[str, Any]:
+    """Of the model; of an ensemble with the settings of its first member, of folds without one that of the first."""
+    fold = Run(run / "repeat-1" / "fold-1").model
+    found = (_read(folder / "config.json") for folder in (Run(run).model, run, fold))
+    config = next(filter(None, found), {})
+    if members := config.get("members"):
+        config = members[0] | config | {"members": len(members)}
+    return config
+
+
+def _fold_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row of the page for each fold, and for their mean and standard deviation."""
+    folds, spread = metrics.get("folds", []), metrics.get("folds_spread", {})
+    rows = [
+        {
+            "name": f"repeat {fold['repeat']}, fold {fold['fold']}",
+            "patients": ", ".join(f"{count} {label}" for label, count in fold["n_per_label"].items()),
+            "scores": {name: stored["value"] for name, stored in fold["scores"].items()},
+            "threshold": fold["threshold"],
+            "search": fold.get("search", {}).get("settings", {}),
+        }
+        for fold in folds
+    ]
+    for name, kind in (("mean", "mean"), ("standard deviation", "sd")) if folds else ():
+        scores = {score: values[kind] for score, values in spread.items()}
+        rows.append({"name": name, "patients": "", "scores": scores, "threshold": None, "search": {}})
+    return rows
 
 
 def _score_rows(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float | None]]]:
@@ -146,6 +195,10 @@ def _pictures(folder: Path, figures: tuple[tuple[str, str, str], ...]) -> list[d
             source = f"data:image/png;base64,{data}"
             found.append({"heading": heading, "text": text, "source": source, "width": width})
     return found
+
+
+def _number_text(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def _interval_text(stored: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from .metrics import (
     BINARY_SCORES,
+    Bootstrap,
     Interval,
     check_predictions,
     confusion,
@@ -207,7 +208,7 @@ def _draw_roc(ax: Axes, curves: Sequence[_Curve], intervals: Mapping[str, Interv
     if len(curves) == 1 and "auroc" in intervals:
         level = intervals["auroc"].level
         label = f"{percent(level)} bootstrap band"
-        band = roc_band(curves[0].positive, curves[0].probability, level=level)
+        band = roc_band(curves[0].positive, curves[0].probability, bootstrap=Bootstrap(level=level))
         ax.fill_between(*band, color=curves[0].colour, alpha=0.18, linewidth=0, label=label)
     _unit_square(ax)
     ax.set(xlabel="1 - specificity", ylabel="sensitivity")

@@ -1,75 +1,86 @@
-"""The figure of a cross-validation: how much the score depends on the fold, and the pooled ROC curves."""
+"""The figures of a cross-validation: the scores of the folds, and what stands beside the network in them."""
 
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from .metrics import Interval, roc_band, roc_points
+from .metrics import Bootstrap, Interval, roc_band, roc_points
 from .reporting_style import COLOURS, GREY, common_level, figure_file, label_rows, percent, wrap_name
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """AUROC of a model out of fold.
+
+    Attributes:
+        auroc: of all patients.
+        within_folds: mean of that among the patients of each fold.
+        lead: AUROC of the network minus that of this model; `None` for the network itself.
+        lead_within_folds: the same within folds.
+    """
+
+    auroc: Interval
+    within_folds: Interval
+    lead: Interval | None = None
+    lead_within_folds: Interval | None = None
 
 
 def crossval_figure(
     labels: np.ndarray,
-    models: Mapping[str, tuple[np.ndarray, Interval, Interval]],
+    probabilities: np.ndarray,
+    network: RowScores,
     folds: Mapping[str, Interval],
     path: str | os.PathLike,
     *,
     label_names: Sequence[str],
     repeats: Sequence[np.ndarray] = (),
+    bootstrap: Bootstrap | None = None,
 ) -> None:
-    """AUROC of each fold and of all patients, and out-of-fold ROC curves.
+    """AUROC of each fold and of all patients, and the out-of-fold ROC curve of the network.
 
     Args:
         labels: (n,) integers in 0..C-1.
-        models: name -> pooled out-of-fold probabilities (n, C), their AUROC and that within folds; the network first.
-        folds: name of the fold -> AUROC of the network on its patients.
+        probabilities: (n, C), pooled out of fold.
+        network: its scores.
+        folds: name of the fold -> AUROC on its patients.
         path: where to write the picture; the suffix says the format.
-        label_names: in the order of the labels. Two labels: a curve for each model; more: one for each label against
-            the rest, of the network.
-        repeats: two labels: the network's probabilities (n, 2) in each repeat, drawn as thin lines if there are more.
+        label_names: in the order of the labels. More than two have a curve each, against the rest.
+        repeats: two labels: the probabilities (n, 2) in each repeat, drawn as thin lines if there are more.
+        bootstrap: of the band; None means `Bootstrap()`.
 
     Raises:
-        ValueError: no models or no folds.
+        ValueError: no folds.
     """
-    if not models or not folds:
-        raise ValueError(f"nothing to draw: {len(models)} models and {len(folds)} folds")
-    height = max(4.6, 1.8 + 0.3 * (len(folds) + 2 * len(models)))
-    with figure_file(path, 11, height) as figure:
+    if not folds:
+        raise ValueError("nothing to draw: no folds")
+    two = len(label_names) == 2
+    curves = {
+        name: (labels == number, probabilities[:, number])
+        for number, name in enumerate(label_names)
+        if not two or number == 1
+    }
+    with figure_file(path, 11, max(4.8, 1.8 + 0.3 * (len(folds) + 2))) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
         figure.suptitle(f"Cross-validation: n = {len(labels)} patients, predicted out of fold")
-        _draw_forest(left, {name: areas for name, (_, *areas) in models.items()}, folds)
-        _draw_curves(right, _curves(labels, models, label_names), [(labels == 1, p[:, 1]) for p in repeats])
+        _draw_folds(left, network, folds)
+        _draw_curves(right, curves, [p[:, 1] for p in repeats] if two else [], bootstrap)
 
 
-def _curves(
-    labels: np.ndarray, models: Mapping[str, tuple[np.ndarray, Interval, Interval]], label_names: Sequence[str]
-) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Name, which patients are positive (n,) and their probability (n,): each model, or each label of the network."""
-    if len(label_names) == 2:
-        return [(name, labels == 1, probabilities[:, 1]) for name, (probabilities, *_) in models.items()]
-    network = next(iter(models.values()))[0]
-    return [(name, labels == number, network[:, number]) for number, name in enumerate(label_names)]
-
-
-def _draw_forest(ax: Axes, models: Mapping[str, Sequence[Interval]], folds: Mapping[str, Interval]) -> None:
-    """Folds above, all patients below; the network's pooled score as a line through all."""
-    rows = [*((name, area, GREY) for name, area in folds.items())]
-    for number, (name, areas) in enumerate(models.items()):
-        kinds = (f"{name}: all patients", f"{name}: within folds")
-        rows += [(kind, area, COLOURS[number]) for kind, area in zip(kinds, areas, strict=True)]
-    pooled = next(iter(models.values()))[0]
+def _draw_folds(ax: Axes, network: RowScores, folds: Mapping[str, Interval]) -> None:
+    """Folds above, all patients below; the pooled score as a line through all."""
+    rows = {name: (area, GREY) for name, area in folds.items()}
+    rows |= {"all patients": (network.auroc, COLOURS[0]), "within folds, mean": (network.within_folds, COLOURS[0])}
     ax.axvline(0.5, color=GREY, linestyle=":", linewidth=1)
-    if not math.isnan(pooled.value):
-        ax.axvline(pooled.value, color=COLOURS[0], linewidth=1, alpha=0.5)
-    for height, (_, area, colour) in enumerate(rows):
-        if not math.isnan(area.value):
-            ax.plot([area.low, area.high], [height, height], color=colour, linewidth=1.6)
-            ax.plot(area.value, height, marker="s", markersize=6, color=colour)
-        ax.text(1.03, height, str(area), va="center", fontsize=8.5, transform=ax.get_yaxis_transform())
-    label_rows(ax, [name for name, _, _ in rows])
+    if not math.isnan(network.auroc.value):
+        ax.axvline(network.auroc.value, color=COLOURS[0], linewidth=1, alpha=0.5)
+    for height, (area, colour) in enumerate(rows.values()):
+        _draw_interval(ax, height, area, colour)
+        _write_interval(ax, height, area)
+    label_rows(ax, list(rows))
     ax.axhline(len(folds) - 0.5, color=GREY, linewidth=0.8)
     ax.grid(axis="x")
     ax.set(xlim=(-0.02, 1.02), title="AUROC of each fold and of all patients")
@@ -77,22 +88,75 @@ def _draw_forest(ax: Axes, models: Mapping[str, Sequence[Interval]], folds: Mapp
 
 
 def _draw_curves(
-    ax: Axes, curves: Sequence[tuple[str, np.ndarray, np.ndarray]], repeats: Sequence[tuple[np.ndarray, np.ndarray]]
+    ax: Axes,
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    repeats: Sequence[np.ndarray],
+    bootstrap: Bootstrap | None,
 ) -> None:
-    ax.set_title("Out-of-fold ROC curves")
-    for positive, probability in repeats if len(repeats) > 1 else ():
-        false_positive, true_positive, _ = roc_points(positive, probability)
-        ax.plot(false_positive, true_positive, color=COLOURS[0], linewidth=0.7, alpha=0.4)
-    for number, (name, positive, probability) in enumerate(curves):
-        false_positive, true_positive, _ = roc_points(positive, probability)
+    ax.set_title("Out-of-fold ROC curve" if len(curves) == 1 else "Out-of-fold ROC curves, one versus rest")
+    for number, (name, (positive, probability)) in enumerate(curves.items()):
         colour = COLOURS[number % len(COLOURS)]
+        false_positive, true_positive, _ = roc_points(positive, probability)
         ax.plot(false_positive, true_positive, color=colour, linewidth=1.8, label=wrap_name(name))
-    if len(repeats) > 0:
-        band = roc_band(*curves[0][1:])
-        thin = ", thin: each repeat" if len(repeats) > 1 else ""
-        ax.fill_between(*band, color=COLOURS[0], alpha=0.15, linewidth=0, label=f"95 % bootstrap band{thin}")
+        for repeat in repeats if len(repeats) > 1 else ():
+            ax.plot(*roc_points(positive, repeat)[:2], color=colour, linewidth=0.7, alpha=0.5)
+        if len(curves) == 1:
+            band = roc_band(positive, probability, bootstrap=bootstrap)
+            thin = ", thin: each repeat" if len(repeats) > 1 else ""
+            level = percent((bootstrap or Bootstrap()).level)
+            ax.fill_between(*band, color=colour, alpha=0.15, linewidth=0, label=f"{level} bootstrap band{thin}")
     ax.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
     ax.grid()
-    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", anchor="N")
     ax.set(xlabel="1 - specificity", ylabel="sensitivity")
     ax.legend(loc="lower right")
+
+
+def rows_figure(rows: Mapping[str, RowScores], path: str | os.PathLike) -> None:
+    """The network among what stands beside it in the same folds: AUROC, and paired differences of it.
+
+    Args:
+        rows: name -> scores; the network first, without a lead.
+        path: where to write the picture; the suffix says the format.
+
+    Raises:
+        ValueError: nothing stands beside the network.
+    """
+    if all(row.lead is None for row in rows.values()):
+        raise ValueError("nothing to draw: nothing stands beside the network")
+    level = percent(common_level({name: row.auroc for name, row in rows.items()}))
+    with figure_file(path, 12, 2.0 + 0.55 * len(rows)) as figure:
+        left, right = figure.subplots(1, 2)
+        figure.suptitle("Beside the network, in the same folds (filled: all patients; hollow: mean within folds)")
+        for height, row in enumerate(rows.values()):
+            colour = COLOURS[0] if row.lead is None else GREY
+            _draw_pair(left, height, (row.auroc, row.within_folds), colour)
+            if row.lead is not None:
+                _draw_pair(right, height, (row.lead, row.lead_within_folds), "black")
+        left.axvline(next(iter(rows.values())).auroc.value, color=COLOURS[0], linewidth=1, alpha=0.5)
+        left.axvline(0.5, color=GREY, linestyle=":", linewidth=1)
+        right.axvline(0, color="black", linewidth=1)
+        for ax in (left, right):
+            label_rows(ax, list(rows) if ax is left else [""] * len(rows))
+            ax.grid(axis="x")
+        left.set(xlim=(-0.02, 1.02), title="AUROC", xlabel=f"AUROC, {level} bootstrap interval over patients")
+        right.set_title("The network's lead")
+        right.set_xlabel(f"AUROC of the network minus its own, {level} interval, paired")
+
+
+def _draw_pair(ax: Axes, height: int, areas: tuple[Interval, Interval], colour: str) -> None:
+    """Of all patients above, filled; within folds below, hollow."""
+    for offset, area, face in ((-0.16, areas[0], colour), (0.16, areas[1], "white")):
+        _draw_interval(ax, height + offset, area, colour, face)
+        _write_interval(ax, height + offset, area)
+
+
+def _draw_interval(ax: Axes, height: float, area: Interval, colour: str, face: str | None = None) -> None:
+    if math.isnan(area.value):
+        return
+    ax.plot([area.low, area.high], [height, height], color=colour, linewidth=1.6)
+    ax.plot(area.value, height, marker="s", markersize=6, color=colour, markerfacecolor=face or colour)
+
+
+def _write_interval(ax: Axes, height: float, area: Interval) -> None:
+    ax.text(1.03, height, str(area), va="center", fontsize=8.5, transform=ax.get_yaxis_transform())

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import ArrayLike
 from sklearn.metrics import precision_recall_curve
 
-from .metrics import Interval, precision_recall_band, reliability_bins, roc_band, roc_points, score
+from .metrics import Bootstrap, Interval, precision_recall_band, reliability_bins, roc_band, roc_points, score
 from .metrics_calibration import calibration_intervals
 from .metrics_decision import DecisionCurve
 from .metrics_subgroups import LearningPoint, Subgroup
@@ -24,7 +24,7 @@ def decision_curve_figure(
     threshold: float | None = None,
     title: str = "Decision curve",
 ) -> None:
-    """Net benefit of one or more models against sending on everybody and nobody, with bootstrap bands.
+    """Net benefit of one or more models against sending on everybody and nobody, the first with a bootstrap band.
 
     Args:
         curves: name -> curve; all on the same patients, or at the same stated prevalence.
@@ -43,8 +43,10 @@ def decision_curve_figure(
         values = [interval.value for interval in first.treat_all]
         ax.plot(first.thresholds, values, color=GREY, linewidth=1.2, label="send on everybody")
         ax.axhline(0, color="black", linewidth=1, label="send on nobody")
-        for number, (name, curve) in enumerate(curves.items()):
-            _draw_band(ax, curve.thresholds, curve.model, COLOURS[number], name)
+        _draw_band(ax, first.thresholds, first.model, COLOURS[0], next(iter(curves)))
+        for number, (name, curve) in list(enumerate(curves.items()))[1:]:
+            benefits = [interval.value for interval in curve.model]
+            ax.plot(curve.thresholds, benefits, color=COLOURS[number], linewidth=1.3, label=name)
         if threshold is not None:
             label = f"frozen threshold {threshold:.3g}"
             ax.axvline(threshold, color="black", linestyle="--", linewidth=1, label=label)
@@ -55,7 +57,7 @@ def decision_curve_figure(
         ax.set_xlabel("threshold probability")
         ax.set_ylabel("net benefit per patient")
         level = common_level({str(number): interval for number, interval in enumerate(first.model)})
-        ax.set_title(f"{title}: prevalence {first.prevalence:.0%}, {percent(level)} bands")
+        ax.set_title(f"{title}: prevalence {first.prevalence:.0%}, {percent(level)} band")
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
@@ -64,8 +66,7 @@ def curves_figure(
     predictions: Mapping[str, ArrayLike],
     path: str | os.PathLike,
     *,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap | None = None,
 ) -> None:
     """ROC and precision-recall curves of one or more models on the same patients, the first with bootstrap bands.
 
@@ -73,28 +74,30 @@ def curves_figure(
         labels: (n,), 1 = positive; both classes.
         predictions: name -> probabilities of class 1, (n,) or (n, 2).
         path: where to write the picture; the suffix says the format.
-        level, seed: of the bands.
+        bootstrap: of the bands; None means `Bootstrap()`.
 
     Raises:
         ValueError: no predictions, not two classes, patients of one class only.
     """
     if not predictions:
         raise ValueError("no predictions: nothing to draw")
-    labels = np.asarray(labels)
+    labels, bootstrap = np.asarray(labels), bootstrap or Bootstrap()
     of_positive = {name: np.asarray(p, dtype=float).reshape(len(labels), -1)[:, -1] for name, p in predictions.items()}
     first = next(iter(of_positive.values()))
     with figure_file(path, 10, 5.2) as figure:
         panels = figure.subplots(1, 2)
         bands = (roc_band, precision_recall_band)
         for ax, band in zip(panels, bands, strict=True):
-            x, low, high = band(labels, first, level=level, seed=seed)
+            x, low, high = band(labels, first, bootstrap=bootstrap)
             ax.fill_between(
                 x, low, high, color=COLOURS[0], alpha=0.18, linewidth=0, step=None if ax is panels[0] else "pre"
             )
         for number, (name, probabilities) in enumerate(of_positive.items()):
             scores = score(labels, probabilities)
             false_positive, true_positive, _ = roc_points(labels, probabilities)
+            # The first on top: others often lie along it.
             style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 2 if number == 0 else 1.3}
+            style["zorder"] = 3 if number == 0 else 2
             panels[0].plot(false_positive, true_positive, label=f"{name}, AUROC {scores['auroc']:.3f}", **style)
             precision, recall, _ = precision_recall_curve(labels, probabilities)
             label = f"{name}, AUPRC {scores['auprc']:.3f}"
@@ -102,7 +105,7 @@ def curves_figure(
         share = float(labels.mean())
         panels[0].plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
         panels[1].axhline(share, color=GREY, linestyle=":", linewidth=1)
-        panels[0].set(xlabel="1 - specificity", ylabel="sensitivity", title=f"ROC, {percent(level)} band")
+        panels[0].set(xlabel="1 - specificity", ylabel="sensitivity", title=f"ROC, {percent(bootstrap.level)} band")
         panels[1].set(
             xlabel="sensitivity (recall)", ylabel="PPV (precision)", title=f"Precision and recall, {share:.0%} positive"
         )
@@ -115,7 +118,7 @@ def curves_figure(
 def _draw_band(ax: Axes, x: Sequence[float], intervals: Sequence[Interval], colour: str, name: str) -> None:
     values, low, high = (np.array([getattr(i, part) for i in intervals]) for part in ("value", "low", "high"))
     ax.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-    ax.plot(x, values, color=colour, linewidth=1.8, label=name)
+    ax.plot(x, values, color=colour, linewidth=1.8, label=name, zorder=3)
 
 
 def calibration_figure(
@@ -125,6 +128,7 @@ def calibration_figure(
     *,
     title: str = "Calibration",
     positive: str = "class 1",
+    bootstrap: Bootstrap | None = None,
 ) -> None:
     """Reliability of one or more sets of probabilities of the same patients, such as before and after scaling.
 
@@ -136,6 +140,7 @@ def calibration_figure(
         predictions: name -> probabilities of class 1, (n,) or (n, 2).
         path: where to write the picture; the suffix says the format.
         positive: name of class 1.
+        bootstrap: of slope and intercept; None means `Bootstrap()`.
 
     Raises:
         ValueError: no predictions, no patients, or more than two classes.
@@ -158,7 +163,7 @@ def calibration_figure(
                 color=colour,
                 marker=marker,
                 markersize=5,
-                label=f"{name}\n{_calibration_caption(labels, probabilities)}",
+                label=f"{name}\n{_calibration_caption(labels, probabilities, bootstrap)}",
             )
             of_positive = np.asarray(probabilities, dtype=float)
             of_positive = of_positive[:, 1] if of_positive.ndim == 2 else of_positive
@@ -170,8 +175,8 @@ def calibration_figure(
         lower.set(xlim=(-0.02, 1.02), xlabel=f"predicted probability of {positive}", ylabel="patients")
 
 
-def _calibration_caption(labels: np.ndarray, probabilities: ArrayLike) -> str:
-    found = calibration_intervals(labels, probabilities)
+def _calibration_caption(labels: np.ndarray, probabilities: ArrayLike, bootstrap: Bootstrap | None) -> str:
+    found = calibration_intervals(labels, probabilities, bootstrap=bootstrap)
     return f"slope {found['calibration_slope']}\nintercept {found['calibration_intercept']}"
 
 

@@ -9,8 +9,11 @@ from filelock import FileLock, Timeout
 
 from .files import write_json
 
-# Options that change how fast or how visibly a run goes, never its result: a resumed run may change them.
-FREE_ON_RESUME = frozenset({"resume", "workers", "tracker", "cache_dir", "cpu", "jobs", "ensemble"})
+# Options that change how fast or how visibly a run goes, or what stands beside its result, never the result itself: a
+# resumed run may change them.
+FREE_ON_RESUME = frozenset(
+    {"resume", "workers", "tracker", "cache_dir", "cpu", "jobs", "ensemble", "baselines", "learning_curve"}
+)
 
 
 # What a run writes before it trains.

@@ -224,7 +224,7 @@ def _check_against(split: Split, cohort: Cohort, name: str) -> None:
         raise SplitError(f"{name}: train has {len(split.train)} patients of fewer than two classes; add the others")
     left_out = [patient.patient_id for patient in cohort.labelled if patient.patient_id not in part_of]
     if left_out:
-        logger.warning("%s: %d labelled patients of the cohort are in no part and not used", name, len(left_out))
+        logger.info("%s: %d labelled patients of the cohort are in no part and not used", name, len(left_out))
 
 
 def _refuse_torn_groups(part_of: dict[str, str], cohort: Cohort, name: str) -> None:

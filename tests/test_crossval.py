@@ -32,10 +32,11 @@ from lymph_hf.crossval_scores import OutOfFold
 from lymph_hf.crossval_search import SearchError, SearchSpace, chosen_settings, search_settings
 from lymph_hf.evaluation import EvaluationError
 from lymph_hf.files import write_json
+from lymph_hf.metrics import Bootstrap
 from lymph_hf.modeling_ensemble import EnsembleError
 from lymph_hf.options import CohortOptions, EvaluateOptions, InferenceOptions, PredictOptions
 from lymph_hf.options_crossval import CrossvalOptions
-from lymph_hf.reporting_crossval import crossval_figure
+from lymph_hf.reporting_crossval import RowScores, crossval_figure
 from lymph_hf.runs import RunError, model_source
 
 CPU = InferenceOptions(cpu=True)
@@ -194,7 +195,7 @@ def test_within_folds_no_two_folds_are_compared():
     table = pd.DataFrame({"repeat": 1, "fold": [1, 1, 2, 2], "patient_id": list("abcd")})
     table = table.assign(label=["well", "sick"] * 2, probability=[0.1, 0.2, 0.8, 0.9])
     model = OutOfFold(table, np.full(4, 0.5), ("well", "sick"))
-    intervals = model.intervals(resamples=50, seed=0)
+    intervals = model.intervals(Bootstrap(50))
     assert intervals["auroc"].value == 0.75
     assert intervals["auroc_within_folds"].value == 1.0
     drawn = model.auroc_within_folds(np.array([[1, 1, 0, 2], [1, 0, 0, 1]]))
@@ -474,13 +475,14 @@ def test_three_labels_are_scored_and_drawn(tmp_path):
     table = pd.DataFrame({"repeat": 1, "fold": [1, 2] * 15, "patient_id": [f"P{i:02}" for i in range(30)]})
     table = table.assign(label=list(names) * 10, **dict(zip(columns, generator.dirichlet([1] * 3, 30).T, strict=True)))
     model = OutOfFold(table, np.full(30, 0.5), names)
-    pooled, intervals = model.predictions(), model.intervals(resamples=50, seed=0)
+    pooled, intervals = model.predictions(), model.intervals(Bootstrap(50))
     labels = np.array([names.index(label) for label in table.label])
     expected = roc_auc_score(labels, table[columns], multi_class="ovr")
     assert intervals["auroc"].value == pytest.approx(expected)
     decided = table[columns].to_numpy().argmax(1)
     assert intervals["balanced_accuracy"].value == pytest.approx(balanced_accuracy_score(labels, decided))
-    models = {"network": (pooled.probabilities, intervals["auroc"], intervals["auroc_within_folds"])}
+    scores = RowScores(intervals["auroc"], intervals["auroc_within_folds"])
     path = tmp_path / "crossval.png"
-    crossval_figure(pooled.labels, models, {"fold 1": intervals["auroc"]}, path, label_names=names)
+    folds = {"fold 1": intervals["auroc"]}
+    crossval_figure(pooled.labels, pooled.probabilities, scores, folds, path, label_names=names)
     assert path.stat().st_size > 10_000

@@ -7,13 +7,14 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from figure_cases import remember_saved, texts
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
 from lymph_hf import recipes
 from lymph_hf.cohort import Cohort, Patient, read_cohort
 from lymph_hf.configuration_lymph import LymphMILConfig
-from lymph_hf.evidence import known_groups, write_evidence
+from lymph_hf.evidence import cells_figure, known_groups, write_evidence
 from lymph_hf.inference import Inference
 from lymph_hf.metrics import Bootstrap
 from lymph_hf.options import CohortOptions, EvaluateOptions, InferenceOptions
@@ -36,7 +37,7 @@ def scored(trained_run, cohort_folder, tmp_path_factory):
 
 def test_an_evaluation_brings_its_figures_and_subgroups(scored):
     _, folder = scored
-    assert {path.name for path in (folder / "figures").iterdir()} == FIGURES
+    assert {path.name for path in (folder / "figures").iterdir()} == FIGURES | {"cells.csv"}
     report = json.loads((folder / "metrics.json").read_text())
     variables = {group["variable"] for group in report["subgroups"]}
     assert variables == {"age", "sex", "lymphocyte count"}
@@ -74,6 +75,18 @@ def test_the_page_holds_everything_and_asks_for_nothing(scored):
     stored = json.loads((folder / "metrics.json").read_text())["scores"]["auroc"]
     assert f"{stored['value']:.3f} ({stored['low']:.3f} to {stored['high']:.3f})" in page
     assert all(option in page for option in json.loads((run / "settings.json").read_text()))
+
+
+def test_the_cells_name_no_patient_but_the_table_beside_them_does(tmp_path, monkeypatch):
+    saved = remember_saved(monkeypatch)
+    cohort = patients(tmp_path, ["a", "b", "a"])
+    said = Inference(np.array([[0.8, 0.2], [0.3, 0.7], [0.4, 0.6]]), 0.5, (np.ones(1),) * 3)
+    config = LymphMILConfig(encoder="test_vit", id2label={0: "a", 1: "b"})
+    cells_figure(tmp_path / "cells.png", cohort, np.array([0, 1, 0]), said, config)
+    shown = texts(saved[0])
+    assert "patient 1: a, right" in shown and "patient 3: b, WRONG" in shown
+    assert not re.search(r"P\d", shown)
+    assert pd.read_csv(tmp_path / "cells.csv").patient_id.tolist() == ["P0", "P1", "P2"]
 
 
 def test_the_page_names_no_patient(scored, cohort_folder):
@@ -126,8 +139,8 @@ def test_without_clinical_values_or_with_more_labels_only_what_applies_is_drawn(
     said = Inference(np.array([[0.8, 0.2], [0.3, 0.7], [0.4, 0.6], [0.1, 0.9]]), 0.5, (np.ones(1),) * 4)
     assert known_groups(cohort) == {}
     assert write_evidence(tmp_path / "two", cohort, said, two, bootstrap=Bootstrap(20)) == {}
-    assert {path.name for path in (tmp_path / "two").iterdir()} == FIGURES - {"subgroups.png"}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == FIGURES - {"subgroups.png"} | {"cells.csv"}
     three = LymphMILConfig(encoder="test_vit", id2label={0: "a", 1: "b", 2: "c"})
     said = Inference(np.full((4, 3), 1 / 3), 0.5, (np.ones(1),) * 4)
     assert write_evidence(tmp_path / "three", cohort, said, three) == {}
-    assert {path.name for path in (tmp_path / "three").iterdir()} == {"cells.png"}
+    assert {path.name for path in (tmp_path / "three").iterdir()} == {"cells.png", "cells.csv"}

@@ -17,6 +17,7 @@ from lymph_hf import metrics_bootstrap
 from lymph_hf.metrics import (
     BINARY_SCORES,
     MULTICLASS_SCORES,
+    Bootstrap,
     Interval,
     bootstrap_intervals,
     bootstrap_weights,
@@ -342,7 +343,7 @@ def test_roc_points_enclose_the_auroc():
 
 def test_roc_band_encloses_the_curve_and_ends_at_one():
     labels, probabilities = binary_cohort(80, seed=11)
-    grid, low, high = roc_band(labels, probabilities, resamples=300)
+    grid, low, high = roc_band(labels, probabilities, bootstrap=Bootstrap(300))
     assert grid.shape == low.shape == high.shape == (101,)
     false_positive, true_positive, _ = roc_points(labels, probabilities)
     curve = np.interp(grid, false_positive, true_positive)
@@ -353,7 +354,7 @@ def test_roc_band_encloses_the_curve_and_ends_at_one():
 
 def test_precision_recall_band_encloses_the_curve():
     labels, probabilities = binary_cohort(80, seed=11)
-    grid, low, high = precision_recall_band(labels, probabilities, resamples=300)
+    grid, low, high = precision_recall_band(labels, probabilities, bootstrap=Bootstrap(300))
     precision, recall, _ = sk.precision_recall_curve(labels, probabilities)
     # The least recall that a cut reaches, at or above each place of the grid: no line between two cuts.
     curve = [precision[recall >= place - 1e-12][np.argmin(recall[recall >= place - 1e-12])] for place in grid[1:]]

@@ -10,6 +10,7 @@ from lymph_hf.metrics_decision import decision_curve
 from lymph_hf.metrics_subgroups import LearningPoint, Subgroup, clinical_groups, subgroup_scores
 from lymph_hf.reporting_evidence import (
     calibration_figure,
+    curves_figure,
     decision_curve_figure,
     learning_curve_figure,
     subgroup_figure,
@@ -33,12 +34,24 @@ def test_decision_curve_draws_every_model_and_both_simple_rules(tmp_path, saved)
     assert set(drawn) == {"send on everybody", "send on nobody", *curves, "frozen threshold 0.4"}
     for name, curve in curves.items():
         np.testing.assert_allclose(drawn[name].get_ydata(), [point.value for point in curve.model])
-    assert "prevalence 67%, 95 % bands" in texts(saved[0])
+    assert "prevalence 67%, 95 % band" in texts(saved[0])
     assert ax.get_ylim()[1] > labels.mean()
     other = decision_curve(labels, first, prevalence=0.2, bootstrap=QUICK)
     for bad in ({}, curves | {"elsewhere": other}):
         with pytest.raises(ValueError, match="expected curves at one prevalence"):
             decision_curve_figure(bad, tmp_path / "d.png")
+
+
+def test_bands_are_those_of_the_bootstrap_that_was_asked_for(tmp_path, saved):
+    labels, probabilities = binary_cohort(40, seed=3)
+    for bootstrap in (Bootstrap(1), Bootstrap(200), Bootstrap(200, level=0.5)):
+        curves_figure(labels, {"network": probabilities}, tmp_path / "c.png", bootstrap=bootstrap)
+    heights = []
+    for figure, level in zip(saved, ("95 %", "95 %", "50 %"), strict=True):
+        band = figure.axes[0].collections[0].get_paths()[0].vertices
+        heights.append(np.ptp(band[np.abs(band[:, 0] - 0.3) < 1e-6, 1]))
+        assert f"ROC, {level} band" in texts(figure)
+    assert heights[0] == 0 and heights[1] > heights[2] > 0, "one resample has no width, half of the patients less"
 
 
 def test_calibration_shows_slope_and_intercept_of_each_model(tmp_path, saved):

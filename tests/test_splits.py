@@ -335,7 +335,7 @@ class TestReadSplit:
             self.read(tmp_path, "s.json", '{"train": ["P01", "Q"], "test": ["p1"]}', cohort)
 
     def test_labelled_patients_left_out_are_counted(self, tmp_path, caplog):
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.INFO):
             self.read(tmp_path, "s.json", '{"train": ["P1", "P2"]}')
         assert [record.getMessage() for record in caplog.records] == [
             "s.json: 3 labelled patients of the cohort are in no part and not used"
