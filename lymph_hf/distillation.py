@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .adapters import unwrapped
-from .bags import BagDataset
+from .bags import SampledBags
 from .cohort import Cohort
 from .lineage import learnt_images
 from .modeling_lymph import LymphMILForBagClassification, LymphMILOutput
@@ -74,31 +75,28 @@ class Distillation:
                     source,
                 )
 
-    def lesson(self, plain: Lesson, patients: Cohort, accelerator: Accelerator) -> Lesson:
+    def lesson(self, plain: Lesson, patients: Cohort, rows: datasets.Dataset, accelerator: Accelerator) -> Lesson:
         """The student with the teacher's answers: asked once per patient before the training, then read.
 
-        Args:
-            plain: the student, its `BagDataset` and the collation.
-            patients: of the data set, in its order.
-            accelerator: for the teacher's forward passes.
+        The teacher looks at the images as they are, whatever the student is shown: views of them or features.
         """
         student = unwrapped(plain.model)
         _refuse_without_attention(student, self.options)
         teachers = Ensemble(self.sources, student.config, needs=self.options)
-        answers = teachers.answers(patients, plain.dataset.rows, accelerator, cache_dir=self.options.teacher_cache)
+        answers = teachers.answers(patients, rows, accelerator, cache_dir=self.options.teacher_cache)
         model = DistillationModel(plain.model, self.options, answers[0])
         return Lesson(model, TaughtBags(plain.dataset, answers), taught_collate(plain.collate))
 
 
 class TaughtBags(Dataset):
-    """Patients of a `BagDataset` with the teacher's answers about the very cells that are shown.
+    """Patients of a data set with the teacher's answers about the very cells that are shown.
 
     Args:
         bags: of the student.
         answers: one per patient, about all of its cells.
     """
 
-    def __init__(self, bags: BagDataset, answers: list[Answer]):
+    def __init__(self, bags: SampledBags, answers: list[Answer]):
         self.bags, self.answers = bags, answers
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -15,8 +16,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .augment import Augmentation
-from .bags import BagDataset, collate_bags
-from .baselines import Blend, Row, clinical_rows, score_rows
+from .bags import BagDataset, build_bags, collate_bags
+from .baselines import CLINICAL_ALONE, Blend, Row, clinical_rows, score_rows
 from .clinical import ClinicalSettings
 from .clinical_baseline import Baseline, clinical_baseline
 from .cohort import Cohort
@@ -91,8 +92,15 @@ class Teaching(Protocol):
     options: Any
     sources: Sequence[str]
 
-    def lesson(self, plain: Lesson, patients: Cohort, accelerator: Accelerator) -> Lesson:
-        """The plain lesson with more to learn; the parameters of its model are trained, and nothing else of it."""
+    def lesson(self, plain: Lesson, patients: Cohort, rows: datasets.Dataset, accelerator: Accelerator) -> Lesson:
+        """The plain lesson with more to learn; the parameters of its model are trained, and nothing else of it.
+
+        Args:
+            plain: the student, its data set and the collation.
+            patients: of the data set, in its order.
+            rows: their images, the `"patients"` view of their bags.
+            accelerator: for forward passes of others.
+        """
 
 
 def synthesise(options: SynthOptions) -> Path:
@@ -157,7 +165,7 @@ def train(
     Raises:
         CohortError, SplitError, LineageError, RunError, TrainingError, CheckpointError: each with what to do.
     """
-    _check_feature_cache(model_options, options, teaching)
+    _check_feature_cache(model_options, options)
     run, options = Run(Path(options.output)), with_settled_precision(options)
     accelerator = make_accelerator(options, run.folder)
     groups = [cohort_options, split_options, model_options, options, *([] if teaching is None else [teaching.options])]
@@ -178,7 +186,8 @@ def train(
         accelerator.init_trackers("lymph-hf", config={k: "" if v is None else v for k, v in settings.items()})
     lesson = Lesson(model, train_set, collate_bags)
     if teaching is not None:
-        lesson = teaching.lesson(lesson, cohort.select(split.train), accelerator)
+        learners = cohort.select(split.train)
+        lesson = teaching.lesson(lesson, learners, _images_of(train_set, learners, cohort_options), accelerator)
     weights = balanced_weights(train_set.label_ids) if options.balance == "sampling" else None
     predictions = _learn(model, lesson, validation_set, accelerator, options, run, sample_weights=weights)
     if accelerator.is_main_process:
@@ -303,7 +312,7 @@ def predict(cohort_options: CohortOptions, options: PredictOptions, inference: I
     return Path(options.output)
 
 
-def _check_feature_cache(model_options: ModelOptions, options: TrainingOptions, teaching: Teaching | None) -> None:
+def _check_feature_cache(model_options: ModelOptions, options: TrainingOptions) -> None:
     if options.feature_cache is None:
         return
     if not model_options.freeze_encoder or model_options.adapter is not None:
@@ -313,8 +322,6 @@ def _check_feature_cache(model_options: ModelOptions, options: TrainingOptions, 
         )
     if options.feature_views < 0:
         raise RecipeError(f"--feature-views {options.feature_views}: expected a number of views, 0 for none.")
-    if teaching is not None:
-        raise RecipeError("--feature-cache: a teacher looks at the images themselves; leave it out in distillation.")
 
 
 def _datasets(
@@ -336,6 +343,10 @@ def _datasets(
         data = CachedBags(seen, model, processor, accelerator, cache, views=views, workers=workers)
     train_set = data.subset(split.train, max_cells=options.max_cells, augmentation=augmentation, seed=options.seed)
     return train_set, data.subset(split.validation) if split.validation else None
+
+
+def _images_of(dataset: BagDataset | FeatureBags, patients: Cohort, reading: CohortOptions) -> datasets.Dataset:
+    return dataset.rows if isinstance(dataset, BagDataset) else build_bags(patients, cache_dir=reading.cache_dir)
 
 
 def _learn(
@@ -426,7 +437,7 @@ def _report_validation(
         clinical = baseline.probabilities["validation"]
         blend = Blend.choose(labels, probabilities, clinical)
         blend.save(run.folder)
-        rows = [Row("clinical alone", clinical, baseline.model.decision_threshold), blend.row(probabilities, clinical)]
+        rows = [Row(CLINICAL_ALONE, clinical, baseline.model.decision_threshold), blend.row(probabilities, clinical)]
         report["baselines"] = score_rows(labels, probabilities, config.decision_threshold, rows)
     note = "validation patients of this run, which also chose its epoch and its threshold: not a test"
     write_evaluation(run.folder, cohort, probabilities, config, {"patients": note, **report}, stem="validation")

@@ -222,6 +222,13 @@ def test_an_adapter_can_be_the_student(tiny_options, teaching, tmp_path):
     assert (tmp_path / "run" / "lymph-mil" / "adapter_model.safetensors").is_file()
 
 
+def test_a_student_learns_from_cached_features_as_from_images(tiny_options, teaching, tmp_path):
+    changes = {"freeze_encoder": True, "augment": False, "max_cells": 3, "dropout": 0.3}
+    distill(*tiny_options(tmp_path / "images", **changes), teaching(**TERMS))
+    distill(*tiny_options(tmp_path / "features", feature_cache=str(tmp_path / "cache"), **changes), teaching(**TERMS))
+    torch.testing.assert_close(weights(tmp_path / "features"), weights(tmp_path / "images"), rtol=1e-3, atol=1e-5)
+
+
 # Cells ------------------------------------------------------------------------------------------------------
 
 
