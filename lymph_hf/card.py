@@ -10,30 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import timm
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
+from .card_evaluation import HELD_OUT, HUB_METRICS, OUT_OF_FOLD, Evaluation, required_evaluations
+from .card_lineage import encoder_lineage, encoder_source, encoder_start, has_own_weights
 from .card_patterns import ADAPTER_CARD, BASE_CARD, MODEL_CARD, CardError, filled_card
-from .metrics import Interval
-from .metrics_decision import bayes
-from .options_publish import CardOptions
-from .reporting import scores_table
+from .options_publish import CardOptions, Dtype
 from .runs import Run
 
-PREVALENCES = (0.1, 0.18, 0.5)  # 18 %: share of tumours among the lymphocytoses of one laboratory
 TAGS = ("medical", "haematology", "blood-smear", "multiple-instance-learning", "lymphocytosis", "lymph-hf", "timm")
-FIGURES = {"metrics": "evaluation.png", "validation": "validation.png"}
 _EXAMPLE = {"age": 71, "sex": "F", "lymphocyte_count": 14.2}
 _FEATURES = {"age": "age in years", "sex": "sex", "lymphocyte_count": "lymphocyte count in 10⁹/L"}
-# Names under which the Hub knows the scores.
-_HUB_METRICS = {
-    "auroc": "roc_auc",
-    "auprc": "average_precision",
-    "sensitivity": "recall",
-    "brier": "brier_score",
-}
 _PROCEDURE = (
     "folds",
     "repeats",
@@ -52,6 +40,8 @@ _PROCEDURE = (
     "mixed_precision",
     "seed",
 )
+# How the names of the package's own PEFT methods begin.
+OWN_METHODS = "LYMPH_"
 _LIMITATIONS = (
     "Another stain, analyser or compression can change its answers without a warning: score it on your own patients.",
     "It can learn what patients of a class share by accident, such as the number of images or the day of staining.",
@@ -60,7 +50,7 @@ _LIMITATIONS = (
 )
 
 
-def model_card(run: Run, facts: CardOptions, *, repo: str, tag: str) -> ModelCard:
+def model_card(run: Run, facts: CardOptions, *, repo: str, tag: str, dtype: Dtype = "float32") -> ModelCard:
     """Write the card of a run's model.
 
     Args:
@@ -68,14 +58,16 @@ def model_card(run: Run, facts: CardOptions, *, repo: str, tag: str) -> ModelCar
         facts: what the run cannot know.
         repo: where it will be published, organisation/name.
         tag: the version that the examples pin.
+        dtype: in which its weight matrices are stored.
 
     Raises:
         CardError: a fact or a score is missing.
     """
-    evaluations = _evaluations(run)
-    _require(facts, evaluated="metrics" in evaluations)
+    evaluations, settings = required_evaluations(run), _read(run.settings)
+    _require(facts, settings, evaluated=any(evaluation.kind is HELD_OUT for evaluation in evaluations))
     config = _configuration(run)
     content = _content(run, facts, config, evaluations) | {"repo": repo, "tag": tag, "name": repo.split("/")[-1]}
+    content["storage"] = storage(dtype)
     content["metadata"] = _metadata(run, facts, config, evaluations, repo).to_yaml()
     pattern = MODEL_CARD if content["adapter"] is None else ADAPTER_CARD
     return ModelCard(filled_card("model", content, pattern, run.folder))
@@ -100,21 +92,11 @@ def base_card(run: Run, facts: CardOptions, *, adapter: str, tag: str) -> str:
         "adapter": adapter,
         "tag": tag,
         "config": _read(run.model / "config.json"),
-        "encoder_start": _encoder_start(settings),
+        "encoder_start": encoder_start(settings),
         "parameters": count_parameters(run.model / "model.safetensors"),
         "metadata": metadata.to_yaml(),
     }
     return filled_card("base", content, BASE_CARD, run.folder)
-
-
-def predictive_values(sensitivity: float, specificity: float, prevalence: float) -> tuple[float, float]:
-    """Positive and negative predictive value by Bayes' rule; NaN where no patient would get that answer.
-
-    >>> predictive_values(0.9, 0.8, 0.5)
-    (0.8181818181818181, 0.888888888888889)
-    """
-    values = bayes(np.float64(sensitivity), np.float64(specificity), prevalence)
-    return float(values["ppv"]), float(values["npv"])
 
 
 def require(facts: CardOptions, needed: Sequence[str]) -> None:
@@ -129,8 +111,9 @@ def require(facts: CardOptions, needed: Sequence[str]) -> None:
         raise CardError(f"The card needs {flags}: give them in words, on the command line or in a --config file.")
 
 
-def _require(facts: CardOptions, *, evaluated: bool) -> None:
-    require(facts, ["training_data", "reference_standard", "acquisition"] + ["evaluation_data"] * evaluated)
+def _require(facts: CardOptions, settings: Mapping[str, Any], *, evaluated: bool) -> None:
+    needed = ["training_data", "reference_standard", "acquisition"] + ["evaluation_data"] * evaluated
+    require(facts, needed + ["encoder_data"] * has_own_weights(settings))
     shares = facts.prevalence or ()
     if not all(0 < share < 1 for share in shares):
         raise CardError(f"--prevalence {' '.join(map(str, shares))}: expected shares between 0 and 1, such as 0.18.")
@@ -140,27 +123,11 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _evaluations(run: Run) -> dict[str, dict[str, Any]]:
-    """`metrics` (held-out patients) and `validation`, as far as they were written, in this order."""
-    found = {stem: run.folder / f"{stem}.json" for stem in FIGURES}
-    reports = {stem: _read(path) for stem, path in found.items() if path.exists()}
-    if not reports:
-        raise CardError(f"{run.folder} holds no scores: run lymph evaluate on labelled patients first.")
-    for report in reports.values():
-        report["intervals"] = {name: read_interval(values) for name, values in report["scores"].items()}
-    return reports
-
-
-def read_interval(stored: Mapping[str, float | None]) -> Interval:
-    """An interval from JSON, which has no NaN."""
-    return Interval(**{name: math.nan if value is None else value for name, value in stored.items()})
-
-
-def _content(run: Run, facts: CardOptions, config: dict[str, Any], evaluations: dict[str, dict]) -> dict[str, Any]:
+def _content(run: Run, facts: CardOptions, config: dict[str, Any], evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """What the template shows, except names of the repository."""
     cohort, settings = _read(run.cohort), _read(run.settings)
     labels = _labels(config)
-    main = next(iter(evaluations))  # the held-out patients where there are some
+    main = evaluations[0]  # patients whom the run did not know, where there are some
     exclusions = Counter(item["reason"].split(":")[0] for item in cohort["exclusions"])
     features = config.get("clinical_features") or []
     size = _read(run.model / "preprocessor_config.json")["size"]
@@ -171,25 +138,52 @@ def _content(run: Run, facts: CardOptions, config: dict[str, Any], evaluations: 
         "features": [_FEATURES.get(name, name) for name in features],
         "example": json.dumps({name: _EXAMPLE[name] for name in features}),
         "image_size": f"{size['height']} x {size['width']}",
-        "adapter": settings.get("adapter"),
+        "adapter": settings.get("adapter") if (run.model / "adapter_config.json").exists() else None,
+        "package_adapter": _is_package_adapter(run),
+        "members": _members(config, settings),
         "parameters": count_parameters(*sorted(run.model.glob("*.safetensors"))),
-        "encoder_start": _encoder_start(settings),
+        "encoder_start": encoder_start(settings),
+        "encoder_lineage": encoder_lineage(run, settings, facts),
         "patients": {part: count for part, count in cohort["patients"].items() if count},
         "exclusions": dict(sorted(exclusions.items())),
         "exclusions_total": exclusions.total(),
-        "evaluations": [_evaluation(run, stem, report, facts) for stem, report in evaluations.items()],
+        "evaluations": [evaluation.content(facts) for evaluation in evaluations],
         "threshold": config["decision_threshold"] if len(labels) == 2 else None,
         "threshold_source": _threshold_source(settings, cohort, config),
-        "predictive_values": _predictive_rows(evaluations[main], facts, labels),
-        "predictive_source": _title(main).lower(),
-        "calibration": f"{_scaling(config)} {_calibration(evaluations[main], main)}",
-        "referral": _referral(config, evaluations[main]["intervals"]),
-        "subgroups": _subgroups(evaluations[main], labels),
+        "predictive_values": main.predictive_rows(facts, labels),
+        "predictive_source": main.kind.title.lower(),
+        "calibration": f"{_scaling(config)} {main.calibration()}",
+        "referral": _referral(config, main),
+        "subgroups": main.subgroups(labels),
         "limitations": _limitations(evaluations, facts),
         "procedure": _procedure(settings, config),
         "environment": environment(facts),
         "citation": citation(facts),
     }
+
+
+def storage(dtype: Dtype) -> str:
+    """In which precision weights are stored and computed, in words."""
+    if dtype == "float32":
+        return dtype
+    return f"{dtype} (norms and biases in float32), computed in float32 unless another `dtype` is asked for"
+
+
+def _is_package_adapter(run: Run) -> bool:
+    """Whether the run's adapter is of a method that PEFT alone does not know."""
+    path = run.model / "adapter_config.json"
+    return path.exists() and _read(path)["peft_type"].startswith(OWN_METHODS)
+
+
+def _members(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """What an ensemble is made of, in words."""
+    if not (members := config.get("members")):
+        return None
+    encoder = "with one encoder in common" if config["shared_encoder"] else "each with an encoder of its own"
+    merged = f", its adapter (`{settings['adapter']}`) merged into it" if settings.get("adapter") else ""
+    repeats = f" in {settings['repeats']} repeats" if settings["repeats"] > 1 else ""
+    of_folds = f"{len(members)}: those of {settings['folds']} folds{repeats}"
+    return f"{of_folds}, {encoder}{merged}; their probabilities are averaged"
 
 
 def _configuration(run: Run) -> dict[str, Any]:
@@ -218,84 +212,17 @@ def count_parameters(*paths: Path) -> int:
     return total
 
 
-def _encoder_start(settings: Mapping[str, Any]) -> str:
-    if settings["encoder_weights"] is None:
-        return "random weights" if settings.get("adapter") else "trained from random weights"
-    return f"started from {encoder_source(settings) or 'weights of the publisher'}"
-
-
-def encoder_source(settings: Mapping[str, Any]) -> str | None:
-    """Hub id of the weights that the encoder started from, where the run tells it."""
-    source = settings["encoder_weights"] or ""
-    if source == "timm":
-        return timm.get_pretrained_cfg(settings["encoder"]).hf_hub_id
-    return source.removeprefix("hf-hub:") if source.startswith("hf-hub:") else None
-
-
-def _title(stem: str) -> str:
-    return {"metrics": "Held-out patients", "validation": "Validation patients"}[stem]
-
-
-def _evaluation(run: Run, stem: str, report: Mapping[str, Any], facts: CardOptions) -> dict[str, Any]:
-    defined = {name: interval for name, interval in report["intervals"].items() if _is_number(interval)}
-    return {
-        "title": _title(stem),
-        "data": facts.evaluation_data if stem == "metrics" else facts.training_data,
-        "patients": report["patients"],
-        "n": report["n"],
-        "counts": ", ".join(f"{count} {name}" for name, count in report["n_per_label"].items()),
-        "interval": report["interval"],
-        "prevalence": report.get("prevalence"),
-        "table": scores_table(defined, markdown=True).replace("undefined", "not estimable"),
-        "figure": FIGURES[stem] if (run.folder / FIGURES[stem]).exists() else None,
-    }
-
-
-def _is_number(interval: Interval) -> bool:
-    return not math.isnan(interval.value)
-
-
 def _threshold_source(settings: Mapping[str, Any], cohort: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if settings["threshold"] is not None:
         return "was set by hand before training"
-    if not (cohort["patients"].get("validation") or config.get("members")):
+    if config.get("members"):
+        return (
+            f"the one with the best balanced accuracy on the {_fitted_on(config)} (scored above are the decisions of "
+            "the folds, each at the threshold of its own validation patients)"
+        )
+    if not cohort["patients"].get("validation"):
         return "the default, as there were no validation patients"
     return f"the one with the best balanced accuracy on the {_fitted_on(config)}"
-
-
-def _predictive_rows(report: Mapping[str, Any], facts: CardOptions, labels: Sequence[str]) -> list[dict[str, str]]:
-    found = [report["intervals"].get(name) for name in ("sensitivity", "specificity")]
-    if len(labels) != 2 or not all(interval and _is_number(interval) for interval in found):
-        return []
-    sensitivity, specificity = (interval.value for interval in found)
-    sample = report["n_per_label"][labels[1]] / report["n"]
-    chosen = {*(facts.prevalence or PREVALENCES), report.get("prevalence")} - {None}
-    shares = {f"{share:.0%}": share for share in sorted(chosen)}
-    shares[f"{sample:.0%}, as in this sample"] = sample
-    rows = []
-    for name, share in shares.items():
-        ppv, npv = predictive_values(sensitivity, specificity, share)
-        rows.append({"share": name, "ppv": _decimal(ppv), "npv": _decimal(npv)})
-    return rows
-
-
-def _decimal(value: float) -> str:
-    return "no such answer" if math.isnan(value) else f"{value:.3f}"
-
-
-def _calibration(report: Mapping[str, Any], stem: str) -> str:
-    names = {
-        "brier": "Brier score",
-        "ece": "expected calibration error",
-        "calibration_slope": "calibration slope",
-        "calibration_intercept": "calibration intercept",
-    }
-    found = {names[key]: value for key, value in report["intervals"].items() if key in names and _is_number(value)}
-    scores = "; ".join(f"{name} {_with_bounds(interval)}" for name, interval in found.items())
-    return (
-        f"{_title(stem)}: {scores or 'not estimable'}. A probability of this model is not the risk of a patient "
-        "elsewhere, where the disease is more or less common."
-    )
 
 
 def _scaling(config: Mapping[str, Any]) -> str:
@@ -306,55 +233,34 @@ def _scaling(config: Mapping[str, Any]) -> str:
     return f"The probabilities went through {method}, fitted on the {_fitted_on(config)}."
 
 
-def _referral(config: Mapping[str, Any], intervals: Mapping[str, Interval]) -> str:
+def _referral(config: Mapping[str, Any], main: Evaluation) -> str:
     """What the prediction sets promise, and what they did on the scored patients."""
     conformal = config.get("conformal")
     if conformal is None:
         return "No prediction sets were fitted: the model answers for every patient, however unsure it is."
-    names = {"coverage": "sets that held the label", "referred": "referred", "accuracy_decided": "right when decided"}
-    found = {text: intervals.get(name) for name, text in names.items()}
-    seen = "; ".join(f"{text} {_with_bounds(value)}" for text, value in found.items() if value and _is_number(value))
     return (
-        f"Conformal prediction sets with a coverage of {conformal['coverage']:.0%} per label: a patient whose set "
-        f"holds one label gets that answer, any other is to be referred to flow cytometry. Scored: {seen or 'nobody'}."
+        f"Conformal prediction sets with a coverage of {conformal['coverage']:.0%} per label, fitted on the "
+        f"{_fitted_on(config)}: a patient whose set holds one label gets that answer, any other is to be referred to "
+        f"the reference test. {main.referral()}"
     )
 
 
-def _with_bounds(interval: Interval) -> str:
-    return str(interval).replace("undefined", "interval not estimable")
-
-
-def _subgroups(report: Mapping[str, Any], labels: Sequence[str]) -> str:
-    groups = report.get("subgroups")
-    if not groups:
-        return "Scores by age, sex and lymphocyte count were not computed: nothing is known about unequal performance."
-    columns = ("auroc", "sensitivity", "specificity")
-    lines = [f"| variable | group | patients | {labels[-1]} | {' | '.join(columns)} |", "|---" * 7 + "|"]
-    for group in groups:
-        scores = {name: read_interval(values) for name, values in group["scores"].items()}
-        cells = [_with_bounds(scores[name]) if _is_number(scores[name]) else "not estimable" for name in columns]
-        start = [group["variable"], group["group"], str(group["n"]), str(group["positives"])]
-        lines.append(f"| {' | '.join([*start, *cells])} |")
-    return "\n".join(lines)
-
-
-def _limitations(evaluations: Mapping[str, Mapping[str, Any]], facts: CardOptions) -> list[str]:
-    found = []
+def _limitations(evaluations: Sequence[Evaluation], facts: CardOptions) -> list[str]:
+    main, found = evaluations[0], []
     if facts.synthetic:
         found.append("Its images are painted and its patients invented: no score here says anything of real patients.")
-    if "metrics" not in evaluations:
+    if main.kind is OUT_OF_FOLD:
+        found.append(
+            "The published model was scored on no patient at all: all of them trained some of its members. The "
+            "out-of-fold scores are those of single members, and its threshold, calibration and prediction sets were "
+            "fitted on the same predictions."
+        )
+    elif main.kind is not HELD_OUT:
         found.append(
             "No patient outside training and validation was scored. The validation patients chose epoch and "
             "threshold, so their scores are optimistic."
         )
-    report = next(iter(evaluations.values()))
-    name, count = min(report["n_per_label"].items(), key=lambda item: item[1])
-    found.append(
-        f"The scores rest on {report['n']} patients, {count} of them {name}: "
-        f"one {name} patient more or less called right moves the share of right calls among them by "
-        f"{100 / max(count, 1):.0f} percentage points."
-    )
-    return [*found, *_LIMITATIONS, *(facts.limitations or ())]
+    return [*found, main.smallest_class(), *_LIMITATIONS, *(facts.limitations or ())]
 
 
 def _procedure(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
@@ -395,7 +301,7 @@ def citation(facts: CardOptions) -> str:
 
 
 def _metadata(
-    run: Run, facts: CardOptions, config: Mapping[str, Any], evaluations: Mapping[str, Mapping], repo: str
+    run: Run, facts: CardOptions, config: Mapping[str, Any], evaluations: Sequence[Evaluation], repo: str
 ) -> ModelCardData:
     optional = {
         "base_model": facts.base_model or encoder_source(_read(run.settings)),
@@ -407,16 +313,17 @@ def _metadata(
         license=facts.license,
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=_tags(run, facts),
-        metrics=sorted({_HUB_METRICS.get(name, name) for name in next(iter(evaluations.values()))["scores"]}),
+        tags=_tags(run, facts, config),
+        metrics=sorted({HUB_METRICS.get(name, name) for name in evaluations[0].intervals}),
         model_name=repo.split("/")[-1],
-        eval_results=[result for stem, report in evaluations.items() for result in _results(stem, report, facts)],
+        eval_results=[result for evaluation in evaluations for result in evaluation.results(facts)],
         **{name: value for name, value in optional.items() if value},
     )
 
 
-def _tags(run: Run, facts: CardOptions) -> list[str]:
-    own = {"synthetic": facts.synthetic, "peft": _read(run.settings).get("adapter")}
+def _tags(run: Run, facts: CardOptions, config: Mapping[str, Any]) -> list[str]:
+    adapter = (run.model / "adapter_config.json").exists()
+    own = {"synthetic": facts.synthetic, "peft": adapter, "ensemble": config.get("members")}
     return [*TAGS, *(tag for tag, holds in own.items() if holds)]
 
 
@@ -425,22 +332,3 @@ def _emissions(facts: CardOptions) -> dict[str, Any] | None:
         return None
     grams = facts.hours * facts.watts / 1000 * facts.carbon_intensity
     return {"emissions": grams, "source": "hours x mean power x carbon intensity", "training_type": "fine-tuning"}
-
-
-def _results(stem: str, report: Mapping[str, Any], facts: CardOptions) -> list[EvalResult]:
-    cohort = "synthetic-cohort" if facts.synthetic else "private-cohort"
-    return [
-        EvalResult(
-            task_type="image-classification",
-            task_name="Classification of patients",
-            dataset_type=(facts.datasets or [cohort])[0],
-            dataset_name=f"{_title(stem)} described in the card",
-            dataset_split={"metrics": "test", "validation": "validation"}[stem],
-            metric_type=_HUB_METRICS.get(score, score),
-            metric_name=f"{score} ({interval.level:.0%} interval {interval.low:.3f} to {interval.high:.3f})",
-            metric_value=round(interval.value, 4),
-            metric_args={"n": report["n"], "low": round(interval.low, 4), "high": round(interval.high, 4)},
-        )
-        for score, interval in report["intervals"].items()
-        if _is_number(interval) and not math.isnan(interval.low)
-    ]

@@ -2,27 +2,22 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
-from .card import citation, count_parameters, encoder_source, environment, read_interval, require
-from .card_patterns import ENCODER_CARD, filled_card
+from .card import citation, count_parameters, environment, require, storage
+from .card_evaluation import evaluations, hub_result, read_interval, with_bounds
+from .card_lineage import OBJECTIVES, encoder_source
+from .card_patterns import ENCODER_CARD, CardError, filled_card
 from .options_pretrain import PretrainOptions
-from .options_publish import CardOptions
-from .reporting import scores_table
+from .options_publish import CardOptions, Dtype
 from .runs import Run
 
 TAGS = ("medical", "haematology", "blood-smear", "image-feature-extraction", "lymph-hf", "timm")
-OBJECTIVES = {
-    "mae": "a masked autoencoder ([He et al. 2022](https://arxiv.org/abs/2111.06377)): most patches of a cell are "
-    "hidden, and a decoder predicts them; no label is used",
-    "cell-type": "classification of cells by their type",
-    "patient-label": "classification of single cells by the label of their patient",
-}
 # Where things lay on the machine that trained, and what changes nothing of the result.
 _PRIVATE = {"data", "output", "split", "encoder_weights", "cache_dir", "tracker", "workers", "cpu", "resume", "preload"}
 
@@ -30,26 +25,29 @@ _PRIVATE = {"data", "output", "split", "encoder_weights", "cache_dir", "tracker"
 def encoder_card(
     run: Run,
     record: Mapping[str, Any],
-    probe: Mapping[str, Any] | None,
+    probes: Sequence[Mapping[str, Any]],
     facts: CardOptions,
     *,
     repo: str,
     tag: str,
     whole: str | None,
+    dtype: Dtype = "float32",
 ) -> str:
     """Write the card of the encoder of a pretraining run.
 
     Args:
         run: finished.
         record: what the run learnt from, `pretraining.json`.
-        probe: content of `probe.json` of `lymph probe`.
+        probes: contents of `probe.json` of `lymph probe`: of this encoder first, then of other weights on the same
+            cells.
         facts: what the run cannot know.
         repo: where it will be published, organisation/name.
         tag: the version that the examples pin.
         whole: sub-folder with the model the encoder was trained in, `lymph-mae` or `classifier`.
+        dtype: in which weight matrices are stored.
 
     Raises:
-        CardError: a fact is missing.
+        CardError: a fact is missing, or results that cannot be compared.
     """
     require(facts, ["training_data", "acquisition"])
     settings = json.loads(run.settings.read_text(encoding="utf-8"))
@@ -62,6 +60,8 @@ def encoder_card(
         tags=[*TAGS, *(["synthetic"] if facts.synthetic else [])],
         base_model=facts.base_model or encoder_source(settings),
         datasets=facts.datasets,
+        model_name=repo.split("/")[-1],
+        eval_results=_results(probes, facts) or None,
     )
     content = {
         "metadata": metadata.to_yaml(),
@@ -72,6 +72,7 @@ def encoder_card(
         "architecture": config["architecture"],
         "width": config["num_features"],
         "size": " x ".join(map(str, config["pretrained_cfg"]["input_size"][1:])),
+        "storage": storage(dtype),
         "parameters": count_parameters(weights / "model.safetensors"),
         "record": record,
         "objective": OBJECTIVES[settings["objective"]],
@@ -79,7 +80,8 @@ def encoder_card(
         "whole": whole,
         "figure": "history.png" if (run.folder / "history.png").exists() else None,
         "scores": {name.replace("_", " "): f"{value:.4g}" for name, value in (record.get("scores") or {}).items()},
-        "probe": None if probe is None else _probe(probe),
+        "probe": _probe(probes) if probes else None,
+        "downstream": [_downstream(item) for item in facts.downstream or ()],
         "command": training_command(settings),
         "environment": environment(facts),
         "citation": citation(facts),
@@ -110,16 +112,63 @@ def _is_public(weights: str) -> bool:
     return weights == "timm" or weights.startswith("hf-hub:")
 
 
-def _probe(report: Mapping[str, Any]) -> dict[str, Any]:
-    scores = {
-        f"{name} balanced accuracy": read_interval(values) for name, values in report["balanced_accuracy"].items()
+def _results(probes: Sequence[Mapping[str, Any]], facts: CardOptions) -> list[EvalResult]:
+    """The scores of this encoder as the Hub reads them."""
+    place = {
+        "task_type": "image-classification",
+        "task_name": "Probe of frozen embeddings for the type of a cell",
+        "dataset_type": (facts.datasets or ["cells"])[0],
+        "dataset_name": "Labelled cells described in the card",
     }
-    seen = "has not seen" in report["how"]  # what stands there names a folder
-    how = "cells that the pretraining had not seen, told apart by those it had" if seen else report["how"]
-    types = sorted(report["recall"]["knn"])
+    scores = {name: read_interval(v) for probe in probes[:1] for name, v in probe["balanced_accuracy"].items()}
+    return [
+        hub_result("balanced_accuracy", interval, probes[0]["cells"], place | {"dataset_config": f"{name} probe"})
+        for name, interval in scores.items()
+    ]
+
+
+def _probe(probes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the template shows of the probes of these and of other weights."""
+    first = probes[0]
+    asked = ("data", "cells", "how")
+    for probe in probes[1:]:
+        if differ := [name for name in asked if probe[name] != first[name]]:
+            raise CardError(
+                f"--probe: the results differ in {', '.join(differ)}, so they cannot stand beside each other. Probe "
+                "all weights on the same --data with the same --held-out."
+            )
+    names = ["these weights", *(_weights_name(probe) for probe in probes[1:])]
+    scores = [probe["balanced_accuracy"] for probe in probes]
+    seen = "has not seen" in first["how"]  # what stands there names a folder
     return {
-        "table": scores_table(scores, markdown=True),
-        "cells": report["cells"],
-        "types": ", ".join(Path(name).name for name in types),
-        "how": how,
+        "kinds": list(scores[0]),
+        "rows": {
+            name: [with_bounds(read_interval(row[kind])) for kind in scores[0]]
+            for name, row in zip(names, scores, strict=True)
+        },
+        "cells": first["cells"],
+        "types": ", ".join(Path(name).name for name in sorted(first["recall"]["knn"])),
+        "how": "cells that the pretraining had not seen, told apart by those it had" if seen else first["how"],
+    }
+
+
+def _weights_name(probe: Mapping[str, Any]) -> str:
+    source = probe["encoder_weights"]
+    if source is None:
+        return "random weights"
+    return encoder_source(probe) or "the publisher's other weights"
+
+
+def _downstream(item: str) -> dict[str, Any]:
+    """One line of `--downstream`: name and AUROC of a patient model."""
+    name, equals, place = item.partition("=")
+    found = evaluations(Run(Path(place))) if equals else []
+    if not found:
+        raise CardError(f"--downstream {item}: expected NAME=RUN, a run with scores (lymph evaluate, lymph crossval).")
+    best = found[0]
+    return {
+        "name": name,
+        "n": best.report["n"],
+        "patients": best.kind.title.lower(),
+        "auroc": with_bounds(best.intervals["auroc"]),
     }

@@ -199,6 +199,7 @@ COMMANDS = {
         (
             "lymph publish runs/first --repo org/name --config card.yaml --dry-run",
             "lymph publish runs/first --repo org/name --config card.yaml --private",
+            "lymph publish runs/folds --repo org/ensemble --config card.yaml --data cohort --dtype float16",
             "lymph publish runs/lora --repo org/adapter --base-model org/base --config card.yaml",
             "lymph publish runs/mae --repo org/encoder --config card.yaml --probe runs/probe/probe.json",
             (

@@ -36,9 +36,11 @@ class LymphMILEnsembleOutput(LymphMILOutput):
         attentions: (B, N), the mean over the members; `None` if a member has none.
         bag_embedding: (B, E), those of the members side by side: each lives in a space of its own.
         cell_embeddings: (B, N, D) of the shared encoder, or those of the members' encoders side by side.
+        member_logits: (B, M, num_labels), what each member says by itself.
     """
 
     cell_embeddings: torch.FloatTensor | None = None
+    member_logits: torch.FloatTensor | None = None
 
 
 class LymphMILEnsembleForBagClassification(LymphMILPreTrainedModel):
@@ -141,8 +143,9 @@ class LymphMILEnsembleForBagClassification(LymphMILPreTrainedModel):
                 zip(self.members, self._embeddings_by_member(cell_embeddings), strict=True)
             )
         ]
-        log_probabilities = torch.stack([output.logits.float().log_softmax(dim=-1) for output in outputs])  # (M, B, C)
-        logits = calibrated(log_probabilities.logsumexp(dim=0) - math.log(len(outputs)), self.config.calibration)
+        member_logits = torch.stack([output.logits.float() for output in outputs], dim=1)  # (B, M, C)
+        log_mean = member_logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(len(outputs))
+        logits = calibrated(log_mean, self.config.calibration)
         attentions = [output.attentions for output in outputs]
         return LymphMILEnsembleOutput(
             loss=None if labels is None else F.cross_entropy(logits, labels),
@@ -150,6 +153,7 @@ class LymphMILEnsembleForBagClassification(LymphMILPreTrainedModel):
             attentions=None if any(weights is None for weights in attentions) else torch.stack(attentions).mean(dim=0),
             bag_embedding=torch.cat([output.bag_embedding for output in outputs], dim=-1),
             cell_embeddings=cell_embeddings,
+            member_logits=member_logits,
         )
 
     def _encoding_members(self) -> list[LymphMILForBagClassification]:

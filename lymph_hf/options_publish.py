@@ -5,6 +5,8 @@ from typing import ClassVar, Literal
 
 from .options import option
 
+Dtype = Literal["float32", "float16", "bfloat16"]
+
 
 @dataclass(kw_only=True)
 class PublishOptions:
@@ -21,6 +23,11 @@ class PublishOptions:
     dry_run: bool = option(False, "check and list everything that would be sent, and send nothing")
     output: str | None = option(None, "folder in which to leave what is sent; an older one is replaced")
     private: bool = option(False, "make the repository private; an existing public one is then refused")
+    dtype: Dtype = option(
+        "float32",
+        "model or encoder: precision in which weight matrices are stored; they are computed in float32 all the same. "
+        "float16 halves the files, and rounds eight times less than bfloat16",
+    )
     tag: str = option("v1", "name of this version on the Hub, which the card's examples pin")
     data: str | None = option(
         None,
@@ -32,7 +39,11 @@ class PublishOptions:
         "data set: confirm that consent or law permits the publication of these patients' images, ages, sexes, counts "
         "and labels",
     )
-    probe: str | None = option(None, "encoder: probe.json of lymph probe, for the card")
+    probe: list[str] | None = option(
+        None,
+        "encoder: probe.json of lymph probe, for the card; further ones of other weights on the same cells (random, "
+        "timm's) stand beside it",
+    )
     reference_date: str | None = option(None, "as in training; by default the run's")
     cache_dir: str | None = option(None, "where the Arrow copy of the images goes; by default the datasets cache")
 
@@ -49,6 +60,11 @@ class CardOptions:
     evaluation_data: str | None = option(None, "the same of the evaluated patients (required once evaluated)")
     reference_standard: str | None = option(None, "how the true labels were established (required)")
     acquisition: str | None = option(None, "stain, analyser and export of the images (required)")
+    encoder_data: str | None = option(
+        None,
+        "what the encoder's first weights had been trained on: source, licence, attribution (required where they are "
+        "neither random nor published ones)",
+    )
     synthetic: bool = option(False, "the patients are painted: the card says so in its first line")
     license: str = option("apache-2.0", "identifier of the licence of weights or code")
     data_license: str | None = option(None, "identifier of the licence of a published data set (required for one)")
@@ -60,6 +76,11 @@ class CardOptions:
     )
     prevalence: list[float] | None = option(
         None, "shares of positive patients for which predictive values are given; by default 0.1, 0.18 and 0.5"
+    )
+    downstream: list[str] | None = option(
+        None,
+        "encoder: NAME=RUN, evaluated or cross-validated patient models for the card, of these weights and of others "
+        "on the same patients",
     )
     limitations: list[str] | None = option(None, "limitations beyond those that hold for every such model")
     hardware: str | None = option(None, "what the model was trained on, such as '2 CPU cores'")

@@ -64,12 +64,14 @@ class Contents:
     folders: frozenset[str] | None = frozenset()
 
 
+# Beside an encoder: the model that it was trained in, by the objective.
+WHOLES = ("lymph-mae", "classifier")
 _WITHOUT_CODE = frozenset({".json", ".md", ".png", ".safetensors"})
 _SETTINGS = ("README.md", "config.json", "preprocessor_config.json")
 MODEL = Contents("model", _WITHOUT_CODE | {".py"}, _SETTINGS, MODEL_CARD)
 BASE = Contents("base", MODEL.suffixes, _SETTINGS, BASE_CARD)
 ADAPTER = Contents("adapter", _WITHOUT_CODE, (*_SETTINGS, "adapter_config.json", ADAPTER_WEIGHTS), ADAPTER_CARD)
-ENCODER = Contents("encoder", _WITHOUT_CODE, _SETTINGS[:2], ENCODER_CARD, frozenset({"lymph-mae"}))
+ENCODER = Contents("encoder", _WITHOUT_CODE, _SETTINGS[:2], ENCODER_CARD, frozenset(WHOLES))
 DATASET = Contents("data set", frozenset({".md", ".parquet"}), ("README.md",), DATA_CARD, frozenset({"data"}))
 SPACE = Contents("Space", frozenset(TEXT | PICTURES | {".zip"}), ("README.md", "requirements.txt"), SPACE_CARD, None)
 
@@ -83,7 +85,7 @@ def run_identifiers(run: Run) -> set[str]:
     if run.cohort.exists():
         exclusions = json.loads(run.cohort.read_text(encoding="utf-8"))["exclusions"]
         found |= {item["patient_id"] for item in exclusions}
-    for table in (run.folder / "validation.csv", run.folder / "predictions.csv"):
+    for table in (run.folder / "validation.csv", run.evaluation / "predictions.csv"):
         if table.exists():
             found |= set(pd.read_csv(table, dtype={"patient_id": str}, usecols=["patient_id"])["patient_id"])
     return {name for name in found if name}
@@ -271,7 +273,7 @@ def _shard_problems(folder: Path) -> list[str]:
 
 
 def prediction_problems(
-    stored: pd.DataFrame, probabilities: np.ndarray, columns: Sequence[str], precision: str = "no"
+    stored: pd.DataFrame, probabilities: np.ndarray, columns: Sequence[str], tolerance: float = 1e-3
 ) -> list[str]:
     """Where predictions differ from stored ones by more than rounding explains.
 
@@ -279,9 +281,8 @@ def prediction_problems(
         stored: a table of `prediction_table`, n rows.
         probabilities: (n, C) of the same patients.
         columns: of `stored`, one per column of `probabilities`.
-        precision: of both: a hundredth is rounding in 16 bits, a thousandth in 32.
+        tolerance: a thousandth is rounding in 32 bits, a hundredth in 16.
     """
-    tolerance = 1e-3 if precision == "no" else 1e-2
     difference = np.abs(stored[list(columns)].to_numpy() - probabilities).max(axis=1)
     wrong = int((difference > tolerance).sum())
     if not wrong:

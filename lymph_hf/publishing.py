@@ -84,6 +84,8 @@ def _stage(folder: Path, options: PublishOptions, card: CardOptions) -> Staged:
         raise PublishError(
             "Say what to publish: a run folder, --data FOLDER with --repo-type dataset, or --space FOLDER; one of them."
         )
+    if options.dtype != "float32" and (options.space is not None or of_patients):
+        raise PublishError(f"--dtype {options.dtype}: it is for the weights of models and encoders; leave it out.")
     if options.space is not None:
         return stage_space(Path(options.space), folder)
     if of_patients:

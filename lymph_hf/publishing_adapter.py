@@ -12,7 +12,6 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel
 
 from .card import base_card, model_card
 from .files import write_json, write_text
@@ -21,8 +20,9 @@ from .hub_push import PublishError, explained, hub_api, push_folder
 from .modeling_loading import ADAPTER_WEIGHTS
 from .options_publish import CardOptions, PublishOptions
 from .publication_checks import ADAPTER, BASE, folder_problems, run_digests, run_identifiers
-from .publishing_code import add_code
-from .publishing_model import add_card, check_predictions
+from .publishing_code import add_code, load_published, name_code
+from .publishing_model import add_card
+from .publishing_predictions import check_predictions
 from .publishing_stage import Staged, listing, refuse
 from .runs import Run
 
@@ -36,6 +36,8 @@ _UNDECIDED = {"decision_threshold": 0.5, "calibration": None, "conformal": None,
 def stage_adapter(run: Run, folder: Path, options: PublishOptions, card: CardOptions) -> Staged:
     """The adapter of a run, with its head, its configuration and its card; its base goes to the Hub first.
 
+    The base carries the code, which the settings of the adapter name there.
+
     Raises:
         CardError, RunError: as in `publish`.
         PublishError: no base is named, or the base may not leave.
@@ -45,6 +47,8 @@ def stage_adapter(run: Run, folder: Path, options: PublishOptions, card: CardOpt
             f"{run.folder} holds an adapter, which is published without the frozen model it goes with: name the "
             "repository of that with --base-model organisation/name. It is made unless it is there."
         )
+    if options.dtype != "float32":
+        raise PublishError(f"--dtype {options.dtype}: an adapter fits its base to the bit; leave --dtype out.")
     if card.base_model == options.repo:
         raise PublishError(f"--base-model {options.repo}: the base needs a repository of its own, beside --repo.")
     text = str(model_card(run, card, repo=options.repo, tag=options.tag))
@@ -53,8 +57,9 @@ def stage_adapter(run: Run, folder: Path, options: PublishOptions, card: CardOpt
     settings = json.loads((run.model / "adapter_config.json").read_text(encoding="utf-8"))
     _write_adapter_config(folder, settings, card.base_model, revision=None)
     add_card(run, folder, text)
-    processor = AutoImageProcessor.from_pretrained(run.model)
-    write_golden(folder, golden_answers(AutoModel.from_pretrained(run.model), processor))
+    model, processor = load_published(run.model)
+    name_code(model, processor, folder, repo=card.base_model)
+    write_golden(folder, golden_answers(model, processor))
     base = folder.parent / "base"
     base.mkdir()
     stage_base(run, base, options, card)
@@ -70,7 +75,7 @@ def stage_adapter(run: Run, folder: Path, options: PublishOptions, card: CardOpt
         ADAPTER,
         identifiers=frozenset(identifiers),
         digests=frozenset(digests),
-        notes=(check_predictions(run, options), _base_note(base, card.base_model)),
+        notes=(check_predictions(run, run.model, options), _base_note(base, card.base_model)),
         before_push=settle_base,
     )
 
@@ -81,7 +86,7 @@ def stage_base(run: Run, folder: Path, options: PublishOptions, card: CardOption
         shutil.copyfile(run.model / name, folder / name)
     path = folder / "config.json"
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | _UNDECIDED)
-    add_code(AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder), folder)
+    add_code(*load_published(folder), folder)
     write_text(folder / "README.md", base_card(run, card, adapter=options.repo, tag=options.tag))
 
 

@@ -29,10 +29,15 @@ def export_with_code(model: PreTrainedModel, processor: LymphImageProcessor, fol
 
 def add_code(model: PreTrainedModel, processor: LymphImageProcessor, folder: Path) -> None:
     """Copy the modules of a saved model beside it, and say in its settings where the classes are."""
-    _name_classes(folder / "config.json", {"AutoConfig": type(model.config), "AutoModel": type(model)})
-    _name_classes(folder / "preprocessor_config.json", {"AutoImageProcessor": type(processor)})
+    name_code(model, processor, folder)
     for name, source in _modules([_source(cls) for cls in (type(model), type(model.config), type(processor))]).items():
         shutil.copyfile(source, folder / name)
+
+
+def name_code(model: PreTrainedModel, processor: LymphImageProcessor, folder: Path, *, repo: str | None = None) -> None:
+    """Say in the settings of a saved model where its classes are: beside it, or in another repository."""
+    _name_classes(folder / "config.json", {"AutoConfig": type(model.config), "AutoModel": type(model)}, repo)
+    _name_classes(folder / "preprocessor_config.json", {"AutoImageProcessor": type(processor)}, repo)
 
 
 def outdated_code(folder: str | Path) -> list[str]:
@@ -69,7 +74,7 @@ def _named_modules(folder: Path) -> dict[str, Path]:
     """The modules that the settings of a folder name, with all that they import; empty if it carries no code."""
     settings = [folder / name for name in ("config.json", "preprocessor_config.json")]
     maps = [json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {} for path in settings if path.exists()]
-    stems = {target.split(".")[0] for auto_map in maps for target in auto_map.values()}
+    stems = {target.split(".")[0] for auto_map in maps for target in auto_map.values() if "--" not in target}
     return _modules([Path(__file__).with_name(f"{stem}.py") for stem in sorted(stems)])
 
 
@@ -78,9 +83,10 @@ def _modules(sources: list[Path]) -> dict[str, Path]:
     return {Path(file).name: Path(file) for source in sources for file in [source, *get_relative_import_files(source)]}
 
 
-def _name_classes(path: Path, classes: dict[str, type]) -> None:
+def _name_classes(path: Path, classes: dict[str, type], repo: str | None) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
-    content["auto_map"] = {auto: f"{_source(cls).stem}.{cls.__name__}" for auto, cls in classes.items()}
+    place = "" if repo is None else f"{repo}--"
+    content["auto_map"] = {auto: f"{place}{_source(cls).stem}.{cls.__name__}" for auto, cls in classes.items()}
     write_json(path, content)
 
 

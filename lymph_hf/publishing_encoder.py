@@ -9,13 +9,11 @@ from .files import write_json, write_text
 from .golden import golden_embeddings, write_golden
 from .options_publish import CardOptions, PublishOptions
 from .probing import RECORD
-from .publication_checks import ENCODER
-from .publishing_stage import Staged
+from .publication_checks import ENCODER, WHOLES
+from .publishing_stage import Staged, store_weights_as
 from .runs import Run, RunError
 
 FIGURE = "history.png"
-# The model that the encoder was trained in, by the objective.
-WHOLES = ("lymph-mae", "classifier")
 
 
 def stage_encoder(run: Run, folder: Path, options: PublishOptions, card: CardOptions) -> Staged:
@@ -34,14 +32,17 @@ def stage_encoder(run: Run, folder: Path, options: PublishOptions, card: CardOpt
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(run.folder / "encoder" / name, folder / name)
     _keep_no_names(folder / "config.json")
+    store_weights_as(options.dtype, folder)
     whole = next((name for name in WHOLES if (run.folder / name).is_dir()), None)
     if whole is not None:
         shutil.copytree(run.folder / whole, folder / whole)
         _keep_no_names(folder / whole / "config.json")
+        store_weights_as(options.dtype, folder / whole)
     if (run.folder / FIGURE).exists():
         shutil.copyfile(run.folder / FIGURE, folder / FIGURE)
-    probe = None if options.probe is None else json.loads(Path(options.probe).read_text(encoding="utf-8"))
-    text = encoder_card(run, record, probe, card, repo=options.repo, tag=options.tag, whole=whole)
+    probes = [json.loads(Path(path).read_text(encoding="utf-8")) for path in options.probe or ()]
+    place = {"repo": options.repo, "tag": options.tag}
+    text = encoder_card(run, record, probes, card, **place, whole=whole, dtype=options.dtype)
     write_text(folder / "README.md", text)
     write_golden(folder, golden_embeddings(folder))
     return Staged(folder, ENCODER, digests=frozenset(record["digests"]))

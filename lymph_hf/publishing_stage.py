@@ -5,8 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .files import folder_files
+import torch
+from safetensors.torch import load_file, save_file
+
+from .files import folder_files, writing_file
 from .hub_push import PublishError, RepoType
+from .options_publish import Dtype
 from .publication_checks import Contents, folder_problems, searchable
 
 
@@ -72,6 +76,22 @@ def identifiers_note(identifiers: Iterable[str]) -> str:
     if short := len(identifiers) - len(names):
         note += f" {short} identifiers are too short to be told from numbers and were not searched for."
     return note
+
+
+def store_weights_as(dtype: Dtype, folder: Path) -> None:
+    """Round the weight matrices of the safetensors in a folder to another precision.
+
+    Norms and biases, which are small and sensitive, keep theirs. So does `dtype` in `config.json`: it says in which
+    precision a model is loaded, and transformers loads it in float32, wherever it runs, unless it is asked otherwise.
+    """
+    if dtype == "float32":
+        return
+    for path in folder.glob("*.safetensors"):
+        weights = load_file(path)
+        matrices = {name for name, tensor in weights.items() if tensor.is_floating_point() and tensor.ndim > 1}
+        weights |= {name: weights[name].to(getattr(torch, dtype)) for name in matrices}
+        with writing_file(path) as beside:
+            save_file(weights, beside, metadata={"format": "pt"})
 
 
 def listing(folder: Path, head: str) -> str:

@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 
 import lymph_hf
 from lymph_hf import recipes
-from lymph_hf.card import model_card, predictive_values
+from lymph_hf.card import model_card
+from lymph_hf.card_evaluation import predictive_values
 from lymph_hf.card_patterns import SECTIONS, CardError, card_problems
 from lymph_hf.options import CohortOptions, EvaluateOptions, InferenceOptions
 from lymph_hf.options_publish import CardOptions
@@ -63,7 +64,7 @@ def test_the_whole_card_follows_its_pattern(run):
         r"\*\*reactive or tumoral\*\*",
         r"\| Encoder \| `test_vit` \(timm\), trained from random weights \|",
         r"\| Pooling, fusion \| `gated_attention`, `concat` \|",
-        r"\| Parameters \| [\d,]{7,} \|",
+        r"\| Parameters \| [\d,]{7,} \|\n\| Weights \| safetensors, float32; licence apache-2\.0 \|",
         r"## Intended use\n\nResearch on",
         r"## Out-of-scope use\n\n(- .+\n)+",
         rf"## Training data\n\n{FACTS['training_data']}\n\nStain, analyser, export: {FACTS['acquisition']}\n",
@@ -73,6 +74,7 @@ def test_the_whole_card_follows_its_pattern(run):
         rf"## Reference standard\n\n{FACTS['reference_standard']}\n",
         rf"## Evaluation\n\n### Held-out patients\n\n{FACTS['evaluation_data']}\n",
         evaluation,
+        rf"\n\nAUROC of other models on the same patients: clinical alone {value} .+\.\n\n",
         r"!\[.+\]\(evaluation\.png\)",
         r"### Validation patients\n",
         r"not a test",
@@ -82,7 +84,8 @@ def test_the_whole_card_follows_its_pattern(run):
         rf"(\| {share}(, as in this sample)? \| ({value}|no such answer) \| ({value}|no such answer) \|\n){{4}}",
         r"## Calibration\n\nThe probabilities went through Platt scaling, fitted on the validation patients\. ",
         rf"Held-out patients: Brier score {value} \({value} to {value}\)(; .+)?\. A probability",
-        rf"## Referral\n\nConformal prediction sets with a coverage of 90% per label: .+ held the label {value} ",
+        r"## Referral\n\nConformal prediction sets with a coverage of 90% per label, fitted on the validation ",
+        rf".+ held the label {value} ",
         r"## Subgroups\n\n(\| variable \| group \| patients \|.+\n(\|.+\n)+|Scores by age, sex and)",
         r"## Limitations\n\n(- .+\n)+",
         r'## How to use\n(.*\n)+?.+revision="v1"',
@@ -200,3 +203,17 @@ def test_an_incomplete_card_is_noticed(run, change, problem):
 def test_every_section_of_the_template_is_required():
     template = Path(lymph_hf.__file__).with_name("model_card_template.md").read_text()
     assert tuple(re.findall(r"^## (.+)$", template, flags=re.MULTILINE)) == SECTIONS
+
+
+ROOT = Path(lymph_hf.__file__).parents[1]
+PLACES = ("lymph_hf/*_template.md", "*.md", "space/*.md", "model_cards/*/README.md")
+DOCUMENTS = [path for place in PLACES for path in sorted(ROOT.glob(place))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_code_from_the_hub_is_pinned_wherever_it_is_shown(path):
+    """Whoever copies an example must not run what is pushed to a repository later."""
+    examples = re.findall(r"```(?:python|bash)\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for example in examples:
+        assert "trust_remote_code" not in example or "revision" in example, example
+        assert not re.search(r"from_pretrained\(\s*\"(?!runs/|model_cards/)[^\"]+/[^\"]+\"\s*\)", example), example

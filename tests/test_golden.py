@@ -79,10 +79,13 @@ def test_models_of_older_versions_load_and_answer_as_then(folder):
 
 
 def test_frozen_models_are_there():
-    assert {"v0.1/model", "v0.1/adapter"} <= {f"{path.parent.name}/{path.name}" for path in FROZEN}
+    assert {"v0.1/model", "v0.1/adapter", "v0.1/ensemble"} <= {f"{path.parent.name}/{path.name}" for path in FROZEN}
     model = AutoModel.from_pretrained(next(path for path in FROZEN if path.name == "model"))
     assert model.config.decision_threshold == 0.37
     assert model.config.id2label == {0: "reactive", 1: "tumoral"}
+    ensemble = AutoModel.from_pretrained(next(path for path in FROZEN if path.name == "ensemble"))
+    assert (len(ensemble.members), ensemble.config.shared_encoder, ensemble.dtype) == (2, True, torch.float32)
+    assert (ensemble.config.decision_threshold, ensemble.config.conformal["coverage"]) == (0.41, 0.9)
 
 
 @pytest.mark.parametrize("folder", PUBLISHED or [None], ids=lambda path: path.name if path else "none")

@@ -1,12 +1,16 @@
 """An adapter goes to the Hub alone, on a base that is found there or published first, and comes back bit for bit."""
 
+import ast
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import client_environment
 from huggingface_hub import CommitOperationAdd, HfApi
 from peft import PeftModel
 from PIL import Image
@@ -121,10 +125,11 @@ def test_the_examples_of_the_card_run_and_golden_answers_hold(hub, client, adapt
     (tmp_path / "patient").mkdir()
     for i in range(3):
         Image.new("RGB", (40, 40), (200, 40 * i, 120)).save(tmp_path / "patient" / f"cell-{i}.png")
-    first, _ = client.call(run_examples, "org/explained", tmp_path)
-    assert first.split()[0] in ("reactive", "tumoral")
-    card = hub.repo("org/explained").files["README.md"].decode()
-    assert "base_model: org/frozen" in card and "trust_remote_code" not in card
+    first, second = client.call(run_examples, "org/explained", tmp_path)
+    label, said = first.splitlines()[0].split(maxsplit=1)
+    assert label in ("reactive", "tumoral")
+    assert ast.literal_eval(said) == pytest.approx(ast.literal_eval(second), abs=2e-3)
+    assert "base_model: org/frozen" in hub.repo("org/explained").files["README.md"].decode()
     stored = json.loads(hub.repo("org/explained").files["golden.json"])
     assert client.call(golden_drift, "org/explained", stored) == []
     examples = client.call(run_examples, "org/frozen", tmp_path)
@@ -159,3 +164,64 @@ def test_an_adapter_without_a_base_is_refused(adapted_run):
         publish(options(adapted_run), replace(CARD, base_model=None))
     with pytest.raises(PublishError, match="repository of its own"):
         publish(options(adapted_run, repo="org/frozen"), CARD)
+    with pytest.raises(PublishError, match="fits its base to the bit"):
+        publish(options(adapted_run, dtype="float16"), CARD)
+
+
+# Where the package is missing ---------------------------------------------------------------------------------
+
+STRANGER = """
+import sys
+sys.modules["lymph_hf"] = None  # import lymph_hf fails
+import re
+from huggingface_hub import ModelCard
+from transformers import AutoModel
+source = sys.argv[1]
+if source.endswith("own-method"):
+    AutoModel.from_pretrained(source, trust_remote_code=True)
+exec(re.findall(r"```python\\n(.*?)```", ModelCard.load(source).text, flags=re.DOTALL)[-1])
+print(config.decision_threshold, type(model.get_base_model()).__module__)
+"""
+
+
+def ask_stranger(hub, repo, folder):
+    environment = client_environment(hub, str(folder / "home"))
+    command = [sys.executable, "-c", STRANGER, repo]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_a_method_of_peft_loads_with_the_code_of_its_base(hub, client, tiny_options, tmp_path):
+    """The base stands at another version, and its newest code is broken: the commit that was named is what runs."""
+    run = tmp_path / "run"
+    recipes.train(*tiny_options(run, adapter="lora", adapter_options='{"rank": 2, "targets": "qkv"}', epochs=1))
+    card = replace(CARD, base_model="org/base-with-code")
+    client.call(publish_as, WRITER, sent(run, repo="org/plain-lora"), card)
+    client.call(publish_as, WRITER, sent(run, repo="org/plain-lora-again", tag="v2"), card)
+    pinned = json.loads(hub.repo("org/plain-lora-again").files["adapter_config.json"])["revision"]
+    client.call(push_file, "org/base-with-code", "modeling_lymph.py", b"raise SystemError('not the code I read')")
+    (tmp_path / "patient").mkdir()
+    for number, cell in enumerate(golden_cells()):
+        cell.save(tmp_path / "patient" / f"{number}.png")
+    done = ask_stranger(hub, "org/plain-lora-again", tmp_path)
+    assert done.returncode == 0, done.stderr
+    said, found = done.stdout.strip().splitlines()
+    threshold, module = found.split()
+    assert module.startswith("transformers_modules.") and pinned in module
+    assert float(threshold) == load_by_auto(run / "lymph-mil")[1] != 0.5
+    first, second = client.call(run_examples, "org/plain-lora-again", tmp_path)
+    assert second.strip() == said
+    assert ast.literal_eval(first.splitlines()[0].split(maxsplit=1)[1]) == pytest.approx(
+        ast.literal_eval(said), abs=2e-3
+    )
+
+
+def test_a_method_of_the_package_says_that_it_needs_the_package(hub, client, tiny_options, tmp_path):
+    run = tmp_path / "run"
+    recipes.train(*tiny_options(run, adapter="bottleneck", epochs=1))
+    client.call(publish_as, WRITER, sent(run, repo="org/own-method"), replace(CARD, base_model="org/own-base"))
+    card = hub.repo("org/own-method").files["README.md"].decode()
+    assert "which PEFT alone does not know" in card and "trust_remote_code" not in card
+    done = ask_stranger(hub, "org/own-method", tmp_path)
+    assert done.returncode != 0
+    assert "org/own-method is an adapter of the method LYMPH_BOTTLENECK, which PEFT alone does not know" in done.stderr
+    assert "pip install lymph-hf" in done.stderr.splitlines()[-1]
