@@ -1,7 +1,6 @@
 """Published models answer as they did when they were published, here and in every later version."""
 
 import hashlib
-import importlib.util
 import json
 import shutil
 import sys
@@ -14,6 +13,7 @@ import torch
 import yaml
 from publishing_cases import FACTS
 from safetensors.torch import load_file, save_file
+from script_loader import script
 from transformers import AutoModel
 
 from lymph_hf.golden import GOLDEN, answer_problems, golden_cells, golden_problems
@@ -118,16 +118,13 @@ def test_code_that_drifts_is_found_and_refreshed(folder):
 
 
 @pytest.fixture
-def script(monkeypatch):
-    spec = importlib.util.spec_from_file_location("model_cards", ROOT / "scripts" / "model_cards.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def model_cards(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["model_cards.py"])
-    return module
+    return script("model_cards")
 
 
 def test_folders_are_made_from_runs_that_are_here_and_refreshed_where_not(
-    published, trained_run, tmp_path, script, monkeypatch, capsys
+    published, trained_run, tmp_path, model_cards, monkeypatch, capsys
 ):
     cards = tmp_path / "model_cards"
     older = Path(shutil.copytree(published, cards / "older"))
@@ -136,12 +133,12 @@ def test_folders_are_made_from_runs_that_are_here_and_refreshed_where_not(
     for name, run in (("made", str(trained_run)), ("older", str(tmp_path / "not-here"))):
         place = {"run": run, "repo": f"org/{name}", "output": str(cards / name)}
         (cards / f"{name}.yaml").write_text(yaml.safe_dump(place | facts))
-    monkeypatch.setattr(script, "CARDS", cards)
+    monkeypatch.setattr(model_cards, "CARDS", cards)
     monkeypatch.setattr(sys, "argv", ["model_cards.py", "--check"])
-    assert script.main() == 1
+    assert model_cards.main() == 1
     assert "older: fusion.py differ from the package: make model-cards" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["model_cards.py"])
-    assert script.main() == 0
+    assert model_cards.main() == 0
     said = capsys.readouterr().out
     assert "made: made anew" in said and "older: 1 modules refreshed" in said
     assert golden_problems(cards / "made") == outdated_code(cards / "older") == []
