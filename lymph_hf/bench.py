@@ -93,7 +93,7 @@ def bench(options: BenchOptions) -> dict[str, float]:
     torch.set_num_threads(options.threads)
     accelerator = make_accelerator(options)
     patient = Patient(_model(options), accelerator, options.cells)
-    clock = _clock(accelerator.device, options.threads)
+    clock = clock_of(accelerator.device, options.threads)
     logger.info("%s", _heading(patient, options))
     probabilities = [patient.predict(patient.cells, plain=plain) for plain in (True, False)]
     results = {"largest_difference": float((probabilities[0] - probabilities[1]).abs().max())}
@@ -150,7 +150,8 @@ def _alternating(
     return statistics.median(times[True]), statistics.median(times[False]), statistics.median(ratios)
 
 
-def _clock(device: torch.device, threads: int) -> Callable[[], float]:
+def clock_of(device: torch.device, threads: int) -> Callable[[], float]:
+    """Seconds that a device has worked: of this process alone where one thread of a CPU computes."""
     if device.type == "cpu":
         # Threads that wait for each other spin: their CPU seconds mean nothing.
         return time.process_time if threads == 1 else time.perf_counter

@@ -2,7 +2,7 @@
 
 import bisect
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -73,6 +73,7 @@ class Cells:
         return self.select(row for row, name in enumerate(self.cell_types) if name is not None)
 
 
+_AT_ONCE = 8  # cells that are decoded and augmented together
 _COLUMNS = ("files", "digests", "cell_types", "patient_ids")
 
 
@@ -174,28 +175,40 @@ class CellDataset(torch.utils.data.Dataset):
         self.pixels = None
         if preload:
             rows = tqdm(range(len(cells)), desc="decoding cells", leave=False, disable=None)
-            self.pixels = torch.cat([self._decoded(row) for row in rows])
+            self.pixels = torch.cat([self._decoded([row]) for row in rows])
 
     def __len__(self) -> int:
         return len(self.cells)
 
     def __getitem__(self, key: Key | int) -> dict[str, Any]:
         """`(epoch, row)`, or a row alone (epoch 0) -> `pixel_values` (3, H, W), and `noise` (L,) or `labels`."""
-        epoch, row = key if isinstance(key, tuple) else (0, key)
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch, row))
-        cell = self._decoded(row) if self.pixels is None else self.pixels[row : row + 1]
-        if self.augmentation is not None:
-            cell = self.augmentation(cell, generator)
-        item: dict[str, Any] = {"pixel_values": self.processor.normalize_cells(cell)[0]}
-        if self.patches is not None:
-            item["noise"] = torch.rand(self.patches, generator=generator)
-        if self.label_ids is not None:
-            item["labels"] = self.label_ids[row]
-        return item
+        return self.__getitems__([key])[0]
 
-    def _decoded(self, row: int) -> torch.Tensor:
-        """(1, 3, H, W) uint8"""
-        return self.processor.stack([open_cell_image(self.cells.read(row)).image])
+    def __getitems__(self, keys: Sequence[Key | int]) -> list[dict[str, Any]]:
+        """Items of several keys, a few cells at once: small pictures cost less so, and few stay in the cache."""
+        pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        return [
+            item for start in range(0, len(pairs), _AT_ONCE) for item in self._items(pairs[start : start + _AT_ONCE])
+        ]
+
+    def _items(self, keys: Sequence[Key]) -> Iterator[dict[str, Any]]:
+        rows = [row for _, row in keys]
+        generators = [torch.Generator().manual_seed(derived_seed(self.seed, *key)) for key in keys]
+        cells = self._decoded(rows) if self.pixels is None else self.pixels[rows]
+        if self.augmentation is not None:
+            # Cells come in any order: each is stained as a patient of its own.
+            cells = self.augmentation.of_patients(cells[:, None], generators)[:, 0]
+        for row, generator, values in zip(rows, generators, self.processor.normalize_cells(cells), strict=True):
+            item: dict[str, Any] = {"pixel_values": values}
+            if self.patches is not None:
+                item["noise"] = torch.rand(self.patches, generator=generator)
+            if self.label_ids is not None:
+                item["labels"] = self.label_ids[row]
+            yield item
+
+    def _decoded(self, rows: Sequence[int]) -> torch.Tensor:
+        """(n, 3, H, W) uint8"""
+        return self.processor.stack([open_cell_image(self.cells.read(row)).image for row in rows])
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ class LymphMAEConfig(PreTrainedConfig):
 
     Args:
         encoder (`str`, defaults to `"vit_tiny_patch16_224"`):
-            A timm vision transformer of the plain family (`timm.models.VisionTransformer`), any patch size, with
-            or without class, register and distillation tokens.
+            A timm vision transformer of the plain family (`timm.models.VisionTransformer`) or with rotary positions
+            (`timm.models.Eva`: EVA-02, DINOv3 ...), any patch size, with or without class, register and
+            distillation tokens.
         encoder_options (`dict`, *optional*): Further arguments of `timm.create_model`.
         image_size (`int`, *optional*):
             Side of the square input in pixels, a multiple of the patch. `None` takes timm's size for the encoder.

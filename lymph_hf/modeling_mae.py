@@ -1,15 +1,19 @@
 """Masked autoencoder around a timm vision transformer: learns to see cells from their pictures alone."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from timm.layers import PatchEmbed
-from timm.models import VisionTransformer, checkpoint_seq
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, apply_keep_indices_nlc
+from timm.models import Eva, VisionTransformer, checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_mae import LymphMAEConfig
+from .encoder_attention import trained_attention
 from .encoders import build_encoder
 from .modeling_lymph import LymphMILPreTrainedModel
 
@@ -33,6 +37,27 @@ class LymphMAEOutput(ModelOutput):
     ids_predicted: torch.LongTensor | None = None
 
 
+class LastBlock(Block):
+    """A transformer block of which only the last tokens are wanted: the others serve as keys and values alone."""
+
+    def forward(self, x: torch.Tensor, wanted: int) -> torch.Tensor:
+        """(B, N, W) -> (B, wanted, W)"""
+        attention = self.attn
+        size = attention.attn_dim
+        (of_query, of_others), (query_bias, other_bias) = (
+            tensor.tensor_split([size]) for tensor in (attention.qkv.weight, attention.qkv.bias)
+        )
+        normed = self.norm1(x)
+        query = F.linear(normed[:, -wanted:], of_query, query_bias)
+        others = F.linear(normed, of_others, other_bias)
+        heads = (
+            t.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for t in (query, *others.split(size, dim=-1))
+        )
+        mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)  # (B, wanted, W)
+        x = x[:, -wanted:] + attention.proj(mixed)
+        return x + self.mlp(self.norm2(x))
+
+
 class MAEDecoder(nn.Module):
     """Latents of the visible patches -> pixels of hidden ones.
 
@@ -40,15 +65,15 @@ class MAEDecoder(nn.Module):
     does not care about order, so nothing has to be sorted back, and only hidden patches pass the output layer.
     """
 
-    def __init__(self, config: LymphMAEConfig, encoder: VisionTransformer):
+    def __init__(self, config: LymphMAEConfig, encoder: VisionTransformer | Eva):
         super().__init__()
         width = config.decoder_width
         self.prefix_tokens = encoder.num_prefix_tokens
         self.embed = nn.Linear(encoder.embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", sincos_position_embedding(encoder.patch_embed.grid_size[0], width))
-        blocks = [Block(width, config.decoder_heads, qkv_bias=True) for _ in range(config.decoder_depth)]
-        self.blocks = nn.Sequential(*blocks)
+        kinds = [*[Block] * (config.decoder_depth - 1), LastBlock]
+        self.blocks = nn.ModuleList(kind(width, config.decoder_heads, qkv_bias=True) for kind in kinds)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, 3 * encoder.patch_embed.patch_size[0] ** 2)
         self.grad_checkpointing = False
@@ -61,8 +86,9 @@ class MAEDecoder(nn.Module):
         visible = visible + self.pos_embed[ids_keep]
         hidden = self.mask_token + self.pos_embed[ids_predicted]
         x = torch.cat([prefix, visible, hidden.to(visible.dtype)], dim=1)  # (B, prefix + K + M, W)
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
-        return self.head(self.norm(x[:, -ids_predicted.shape[1] :]))
+        *blocks, last = self.blocks
+        blocks.append(partial(last, wanted=ids_predicted.shape[1]))
+        return self.head(self.norm(_pass(blocks, x, checkpointed=self.grad_checkpointing and self.training)))
 
 
 class LymphMAEForPreTraining(LymphMILPreTrainedModel):
@@ -120,8 +146,10 @@ class LymphMAEForPreTraining(LymphMILPreTrainedModel):
         keep = max(1, int(self.num_patches * (1 - self.config.mask_ratio)))
         decoded = max(1, round(self.config.decoded_share * (self.num_patches - keep)))
         ids_keep, ids_predicted = ids[:, :keep], ids[:, keep : keep + decoded]
-        prediction = self.decoder(self._encode(pixel_values, ids_keep), ids_keep, ids_predicted)
-        target = _gather(patchify(pixel_values, self._patch), ids_predicted).float()
+        patches = patchify(pixel_values, self._patch)
+        with trained_attention(self, pixel_values.device):
+            prediction = self.decoder(self._encode(patches, ids_keep), ids_keep, ids_predicted)
+        target = _gather(patches, ids_predicted).float()
         if self.config.norm_pix_loss:
             mean, std = _patch_statistics(target)
             target = (target - mean) / std
@@ -167,16 +195,36 @@ class LymphMAEForPreTraining(LymphMILPreTrainedModel):
     def _patch(self) -> int:
         return self.encoder.patch_embed.patch_size[0]
 
-    def _encode(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) -> (B, prefix + K, D)"""
+    def _encode(self, patches: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
+        """(B, L, P * P * 3), (B, K) -> (B, prefix + K, D)"""
         encoder = self.encoder
-        x = encoder._pos_embed(encoder.patch_embed(pixel_values))  # (B, prefix + L, D)
-        prefix, patches = x.tensor_split([encoder.num_prefix_tokens], dim=1)
-        x = encoder.norm_pre(torch.cat([prefix, _gather(patches, ids_keep)], dim=1))
-        checkpointing = encoder.grad_checkpointing and self.training
-        x = checkpoint_seq(encoder.blocks, x) if checkpointing else encoder.blocks(x)
+        # The convolution steps from patch to patch: a linear map of each, so that hidden ones need not be embedded.
+        embed = encoder.patch_embed
+        weight = embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
+        tokens = embed.norm(F.linear(_gather(patches, ids_keep), weight, embed.proj.bias))
+        positions, rotations = self._positions()
+        prefix, positions = positions.tensor_split([encoder.num_prefix_tokens], dim=1)
+        # `embedding`: the gradient of an index would be summed by several threads in an order of their own.
+        tokens = tokens + F.embedding(ids_keep, positions[0])
+        x = torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
+        blocks = encoder.blocks if rotations is None else self._rotated_blocks(rotations, ids_keep)
+        x = _pass(blocks, encoder.norm_pre(x), checkpointed=encoder.grad_checkpointing and self.training)
         # A network that averages its tokens has its last norm after the average; one of the two is the identity.
         return encoder.fc_norm(encoder.norm(x))
+
+    def _positions(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(1, prefix + L, D), the tokens of a picture without content; and rotary positions of the patches, if any."""
+        encoder = self.encoder
+        shape = encoder.patch_embed.grid_size if encoder.dynamic_img_size else (self.num_patches,)
+        found = encoder._pos_embed(encoder.patch_embed.proj.weight.new_zeros(1, *shape, encoder.embed_dim))
+        return found if isinstance(encoder, Eva) else (found, None)
+
+    def _rotated_blocks(self, rotations: torch.Tensor, ids_keep: torch.Tensor) -> list[Callable]:
+        """The blocks with the rotary positions of the visible patches: (L, R), or learnt ones (depth, heads, L, R)."""
+        blocks = self.encoder.blocks
+        kept = apply_keep_indices_nlc(ids_keep, rotations, ids_keep)  # (B, K, R) or (B, depth, heads, K, R)
+        of_blocks = kept.unbind(dim=1) if self.encoder.rope_mixed else [kept[:, None]] * len(blocks)
+        return [partial(block, rope=rotation) for block, rotation in zip(blocks, of_blocks, strict=True)]
 
     def _checked(self, pixel_values: torch.Tensor | None, noise: torch.Tensor | None) -> torch.Tensor:
         expected = (3, *self.encoder.patch_embed.img_size)
@@ -227,6 +275,14 @@ def sincos_position_embedding(grid: int, width: int) -> torch.Tensor:
     return torch.cat([columns, rows], dim=1).float()
 
 
+def _pass(blocks: Iterable[Callable], x: torch.Tensor, *, checkpointed: bool) -> torch.Tensor:
+    if checkpointed:
+        return checkpoint_seq(tuple(blocks), x)
+    for block in blocks:
+        x = block(x)
+    return x
+
+
 def _gather(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """(B, L, D), (B, K) -> (B, K, D)"""
     return x.gather(1, _expanded(ids, x))
@@ -243,11 +299,16 @@ def _patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _check_encoder(encoder: nn.Module, config: LymphMAEConfig):
-    plain = isinstance(encoder, VisionTransformer) and isinstance(getattr(encoder, "patch_embed", None), PatchEmbed)
+    plain = isinstance(encoder, VisionTransformer | Eva) and isinstance(encoder.patch_embed, PatchEmbed)
     if not plain:
         raise ValueError(
             f"encoder={config.encoder!r}: a masked autoencoder needs a plain timm vision transformer (patches that "
-            f"are embedded one by one), got {type(encoder).__name__}. Take a vit_* or deit_* model."
+            f"are embedded one by one), got {type(encoder).__name__}. Take a vit_*, deit_* or eva* model."
+        )
+    if encoder.pos_drop.p or getattr(encoder.patch_drop, "prob", 0.0):
+        raise ValueError(
+            f"encoder_options={config.encoder_options}: a masked autoencoder hides patches by itself. Leave "
+            "pos_drop_rate and patch_drop_rate out."
         )
     height, width = encoder.patch_embed.img_size
     patch = encoder.patch_embed.patch_size[0]
@@ -255,7 +316,7 @@ def _check_encoder(encoder: nn.Module, config: LymphMAEConfig):
         raise ValueError(f"image_size={(height, width)}: expected a square, its side a multiple of the patch {patch}.")
 
 
-def _initialise_encoder(encoder: VisionTransformer):
+def _initialise_encoder(encoder: VisionTransformer | Eva):
     """As in the paper: positions start as sines and cosines, the patch embedding as a linear layer does."""
     nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.view(encoder.embed_dim, -1))
     if encoder.pos_embed is not None and encoder.embed_dim % 4 == 0:

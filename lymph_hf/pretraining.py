@@ -231,7 +231,8 @@ def build_optimizer(model: nn.Module, options: PretrainOptions) -> torch.optim.O
     rate = base if options.learning_rate is None else options.learning_rate
     decay = options.layer_decay
     if decay is None:
-        decay = 1.0 if options.encoder_weights is None else objective.fine_tuning_layer_decay
+        given = options.encoder_weights or resolve_encoder(options.encoder).weights
+        decay = objective.fine_tuning_layer_decay if given else 1.0
     encoder = model.encoder
     no_decay = getattr(encoder, "no_weight_decay", set)()
     groups = [

@@ -1,7 +1,10 @@
 """Random views keep the cell, the smear's background, and the patient's common stain."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lymph_hf.augment import Augmentation, smear_background
 
@@ -46,6 +49,43 @@ def test_a_rotation_by_itself_keeps_the_amount_of_cell():
     torch.testing.assert_close(
         dark, torch.full_like(dark, float((smear()[0, 0] < 140).float().mean())), atol=0.02, rtol=0
     )
+
+
+def plainly(cells: torch.Tensor, seed: int) -> torch.Tensor:
+    """The default views of a patient, one step after the other."""
+    n, generator = len(cells), torch.Generator().manual_seed(seed)
+
+    def draw(most: float, *shape: int) -> torch.Tensor:
+        return (2 * torch.rand(shape, generator=generator) - 1) * most
+
+    angle, size, shift = draw(math.pi, n), 1 + draw(0.1, n), 2 * draw(0.05, n, 2)
+    mirror = torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0)
+    brightness, contrast, saturation = (1 + float(draw(most, 1)) for most in (0.1, 0.15, 0.15))
+    cos, sin = angle.cos() / size, angle.sin() / size
+    maps = torch.stack([mirror * cos, -sin, shift[:, 0], mirror * sin, cos, shift[:, 1]], dim=1).view(n, 2, 3)
+    background = smear_background(cells).view(1, 3, 1, 1)
+    grid = F.affine_grid(maps, list(cells.shape), align_corners=False)
+    moved = F.grid_sample(cells.float() - background, grid, align_corners=False) + background
+    grey = (0.299 * moved[:, 0] + 0.587 * moved[:, 1] + 0.114 * moved[:, 2])[:, None]
+    middle = moved.mean(dim=(0, 2, 3)).view(1, 3, 1, 1)
+    coloured = grey + saturation * (moved - grey)
+    return (brightness * (middle + contrast * (coloured - middle))).clamp(0, 255)
+
+
+@pytest.mark.parametrize("n", [1, 20])
+def test_views_are_warp_saturation_contrast_and_brightness_in_turn(n):
+    cells = torch.randint(0, 256, (n, 3, 24, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(views(7, cells), plainly(cells, 7), atol=0.01, rtol=0)
+
+
+def test_patients_together_are_each_by_itself():
+    cells = torch.stack([smear(5), smear(5).flip(1), 255 - smear(5)])
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    together = Augmentation().of_patients(cells, generators)
+    for seed, patient in enumerate(together):
+        torch.testing.assert_close(patient, views(seed, cells[seed]), atol=1e-3, rtol=0)
+    after = [torch.rand(1, generator=generator) for generator in generators]
+    assert len(set(map(float, after))) == 3
 
 
 def test_each_cell_moves_on_its_own_but_the_stain_changes_alike():

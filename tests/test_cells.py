@@ -210,6 +210,22 @@ def test_views_depend_on_seed_epoch_and_row_alone(typed_folder, processor):
         assert not torch.equal(one["pixel_values"], changed["pixel_values"])
 
 
+@pytest.mark.parametrize("preload", [False, True])
+def test_items_read_together_are_those_read_alone(typed_folder, processor, preload):
+    cells = read_cells(typed_folder)
+    label2id = {name: i for i, name in enumerate(cells.type_names)}
+    dataset = CellDataset(
+        cells, processor, label2id=label2id, patches=4, augmentation=Augmentation(), seed=3, preload=preload
+    )
+    keys = [(1, row) for row in [*reversed(range(len(cells))), *range(len(cells))]]
+    together = dataset.__getitems__(keys)
+    for key, item in zip(keys, together, strict=True):
+        alone = dataset[key]
+        assert item["labels"] == alone["labels"]
+        assert torch.equal(item["noise"], alone["noise"])
+        torch.testing.assert_close(item["pixel_values"], alone["pixel_values"], atol=1e-4, rtol=0)
+
+
 def test_preloaded_cells_are_the_same(typed_folder, processor):
     cells = read_cells(typed_folder)
     label2id = {name: i for i, name in enumerate(cells.type_names)}

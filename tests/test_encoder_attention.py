@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from lymph_hf import encoder_attention
-from lymph_hf.encoder_attention import TrainedAttention
+from lymph_hf.encoder_attention import TrainedAttention, trained_attention
 
 NAMES = ("query", "key", "value")
 
@@ -27,6 +27,28 @@ def test_gradient_formula(keys):
     assert torch.autograd.gradcheck(
         encoder_attention._Attention.apply, (*inputs(torch.float64, keys=keys), 0.3), fast_mode=True
     )
+
+
+@pytest.mark.parametrize("cached", [1, 3 * 7 * 7, 10**6])
+def test_the_gradient_is_the_same_however_many_images_the_cache_holds(monkeypatch, cached):
+    monkeypatch.setattr(encoder_attention, "_CACHED_SCORES", cached)
+    query, key, value = inputs(torch.float64)
+    F.scaled_dot_product_attention(query, key, value).square().sum().backward()
+    again = [
+        tensor.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        for tensor in inputs(torch.float64)
+    ]
+    encoder_attention._Attention.apply(*again, 8**-0.5).square().sum().backward()
+    for tensor, reference in zip(again, (query, key, value), strict=True):
+        torch.testing.assert_close(tensor.grad, reference.grad)
+
+
+def test_checkpointed_blocks_and_other_devices_are_left_to_torch():
+    network = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    assert isinstance(trained_attention(network, torch.device("cpu")), TrainedAttention)
+    assert not isinstance(trained_attention(network, torch.device("meta")), TrainedAttention)
+    network[0].grad_checkpointing = True
+    assert not isinstance(trained_attention(network, torch.device("cpu")), TrainedAttention)
 
 
 @pytest.mark.parametrize("scale", [None, 0.2])

@@ -1,14 +1,17 @@
 """The masked autoencoder: the paper's formula, what may reach what, and saving."""
 
-import importlib.util
 import sys
-from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from script_loader import script
+from timm.models import Eva
+from timm.models.vision_transformer import Block
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, ViTMAEConfig, ViTMAEForPreTraining
 
+from lymph_hf import encoder_attention
 from lymph_hf.configuration_mae import LymphMAEConfig
 from lymph_hf.modeling_mae import LymphMAEForPreTraining, patchify, sincos_position_embedding, unpatchify
 
@@ -24,6 +27,16 @@ ENCODERS = {
     "distillation token": ("deit_tiny_distilled_patch16_224", 64, SMALL),
     "average of the tokens, patch 8": ("test_vit3", 32, {"patch_size": 8}),
     "no token, attention pooling": ("vit_base_patch16_siglip_224", 64, SMALL),
+    "rotary positions, patch 14": ("eva02_tiny_patch14_224", 56, SMALL),
+    "rotary positions alone, register tokens": ("vit_small_patch16_dinov3", 64, SMALL),
+    "learnt rotary positions": ("vit_small_patch16_rope_mixed_ape_224", 64, SMALL),
+    "rotary positions, any size, no class token": (
+        "vit_medium_patch16_rope_reg1_gap_256",
+        64,
+        SMALL | {"dynamic_img_size": True},
+    ),
+    "norm before the blocks, no bias": ("vit_base_patch16_clip_224", 64, SMALL),
+    "position of the patches alone, any size": ("deit3_small_patch16_224", 64, SMALL | {"dynamic_img_size": True}),
 }
 
 
@@ -155,7 +168,103 @@ def test_with_nothing_hidden_the_encoder_is_timms_own(model):
     images, _ = images_for(model)
     every = torch.arange(model.num_patches).expand(len(images), -1)
     expected = model.encoder.fc_norm(model.encoder.forward_features(images))
-    assert torch.allclose(model._encode(images, every), expected, atol=1e-5)
+    assert torch.allclose(model._encode(patchify(images, model._patch), every), expected, atol=1e-5)
+
+
+class Kept(torch.nn.Module):
+    """In place of timm's `patch_drop`: keeps the patches named, and tells which where it is asked."""
+
+    def __init__(self, encoder: torch.nn.Module, kept: torch.Tensor):
+        super().__init__()
+        self.prefix, self.kept, self.tells = encoder.num_prefix_tokens, kept, isinstance(encoder, Eva)
+
+    def forward(self, x: torch.Tensor):
+        rows = torch.arange(len(x))[:, None]
+        x = torch.cat([x[:, : self.prefix], x[:, self.prefix :][rows, self.kept]], dim=1)
+        return (x, self.kept) if self.tells else x
+
+
+def plain_loss(model: LymphMAEForPreTraining, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The loss, with every patch embedded and every token passed through every block."""
+    ids = noise.argsort(dim=1)
+    count = model(images, noise=noise).ids_keep.shape[1]
+    rows, kept, hidden = torch.arange(len(ids))[:, None], ids[:, :count], ids[:, count:]
+    encoder, decoder = model.encoder, model.decoder
+    with mock.patch.object(encoder, "patch_drop", Kept(encoder, kept)):
+        latent = encoder.fc_norm(encoder.forward_features(images))
+    prefix, tokens = decoder.embed(latent).split([encoder.num_prefix_tokens, count], dim=1)
+    every = [prefix, tokens + decoder.pos_embed[kept], decoder.mask_token + decoder.pos_embed[hidden]]
+    x = torch.cat(every, dim=1)
+    for block in decoder.blocks:
+        x = Block.forward(block, x)
+    prediction = decoder.head(decoder.norm(x[:, -hidden.shape[1] :]))
+    target = patchify(images, encoder.patch_embed.patch_size[0])[rows, hidden]
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    return (prediction - target).square().mean()
+
+
+def gradients(model: LymphMAEForPreTraining, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+
+
+def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float((found[name] - tensor).norm() / tensor.norm()) for name, tensor in expected.items()}
+
+
+def test_what_is_not_computed_changes_neither_loss_nor_gradients(model):
+    model.train()
+    images, noise = images_for(model)
+    loss, expected = model(images, noise=noise).loss, plain_loss(model, images, noise)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    found, expected = gradients(model, loss), gradients(model, expected)
+    assert not {name: error for name, error in errors(found, expected).items() if error > 1e-4}
+
+
+def test_bfloat16_has_the_fast_gradient_of_attention_and_is_close(monkeypatch):
+    model = tiny().train()
+    images, noise = images_for(model)
+    loss = model(images, noise=noise).loss
+    exact = gradients(model, loss)
+    calls, apply = [], encoder_attention._Attention.apply
+    monkeypatch.setattr(encoder_attention._Attention, "apply", lambda *args: calls.append(args) or apply(*args))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(images, noise=noise).loss
+    assert len(calls) == len(model.encoder.blocks) + len(model.decoder.blocks)
+    assert rounded.item() == pytest.approx(loss.item(), rel=0.02)
+    assert not {name: error for name, error in errors(gradients(model, rounded), exact).items() if error > 0.05}
+
+
+def test_a_few_steps_lower_the_loss(model):
+    images, noise = images_for(model)
+    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(5):
+        loss = model(images, noise=noise).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("kind", ["class token, patch 16", "learnt rotary positions"])
+def test_gradient_checkpointing_changes_nothing(kind, autocast):
+    name, size, options = ENCODERS[kind]
+    model = tiny(encoder=name, image_size=size, encoder_options=options).train()
+    images, noise = images_for(model)
+
+    def weight_gradient() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(images, noise=noise).loss
+        return torch.autograd.grad(loss, model.encoder.patch_embed.proj.weight)[0]
+
+    plain = weight_gradient()
+    model.activation_checkpointing_enable()
+    assert model.encoder.grad_checkpointing
+    assert model.decoder.grad_checkpointing
+    assert torch.allclose(plain, weight_gradient(), atol=1e-3 if autocast else 1e-6)
 
 
 def test_hidden_patches_reach_the_target_only(model):
@@ -181,17 +290,6 @@ def test_gradients_reach_every_trainable_parameter(model):
     model.train()(images, noise=noise).loss.backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not without
-
-
-def test_gradient_checkpointing_changes_nothing():
-    model = tiny().train()
-    images, noise = images_for(model)
-    plain = torch.autograd.grad(model(images, noise=noise).loss, model.encoder.patch_embed.proj.weight)[0]
-    model.activation_checkpointing_enable()
-    assert model.encoder.grad_checkpointing
-    assert model.decoder.grad_checkpointing
-    saved = torch.autograd.grad(model(images, noise=noise).loss, model.encoder.patch_embed.proj.weight)[0]
-    assert torch.allclose(plain, saved, atol=1e-6)
 
 
 @pytest.mark.parametrize("mask_ratio", [0.3, 0.75, 0.99])
@@ -248,10 +346,16 @@ def test_save_and_reload_is_equal_to_the_bit(auto, tmp_path):
     assert torch.allclose(model(images, noise=noise).loss, again(images, noise=noise).loss)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "vit_small_patch16_dinov3", "vit_small_r26_s32_224"])
+@pytest.mark.parametrize("name", ["test_resnet", "vit_small_r26_s32_224"])
 def test_an_encoder_whose_patches_mix_is_refused(name):
     with pytest.raises(ValueError, match=r"plain timm vision transformer.*vit_"):
         tiny(encoder=name)
+
+
+@pytest.mark.parametrize("option", ["pos_drop_rate", "patch_drop_rate"])
+def test_an_encoder_that_hides_by_itself_is_refused(option):
+    with pytest.raises(ValueError, match=rf"{option}.*hides patches by itself"):
+        tiny(encoder_options={option: 0.1})
 
 
 @pytest.mark.parametrize(
@@ -285,12 +389,10 @@ def test_inputs_of_another_shape_are_refused():
 
 
 def test_the_benchmark_runs(monkeypatch, capsys):
-    path = Path(__file__).parents[1] / "scripts" / "bench_mae.py"
-    spec = importlib.util.spec_from_file_location("bench_mae", path)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = script("bench_mae")
     sizes = "--width 192 --image-size 32 --batch-size 2 --rounds 1 --decoder-depth 1 --decoder-width 32"
     monkeypatch.setattr(sys, "argv", ["bench_mae.py", *sizes.split()])
+    monkeypatch.setattr(bench, "matrix_rate", lambda *_: 1e12)
     bench.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5

@@ -363,8 +363,11 @@ def test_the_optimizer_holds_each_parameter_once_and_spares_vectors(objective, b
     assert id(model.encoder.blocks[0].attn.qkv.weight) not in spared
 
 
-def test_rates_fall_from_block_to_block_when_given_weights_are_tuned(mae_run):
-    wanted = options("", "", objective="cell-type", encoder_weights=str(mae_run / "encoder"), learning_rate=1.0)
+@pytest.mark.parametrize("by_name", [False, True], ids=["encoder weights", "weights of the encoder's name"])
+def test_rates_fall_from_block_to_block_when_given_weights_are_tuned(mae_run, by_name):
+    folder = str(mae_run / "encoder")
+    given = {"encoder": f"local-dir:{folder}"} if by_name else {"encoder_weights": folder}
+    wanted = options("", "", objective="cell-type", learning_rate=1.0, **given)
     model, _ = new_model(wanted, ("a", "b"))
     rate = {id(p): group["lr"] for group in build_optimizer(model, wanted).param_groups for p in group["params"]}
     blocks = [rate[id(block.mlp.fc1.weight)] for block in model.encoder.blocks]
