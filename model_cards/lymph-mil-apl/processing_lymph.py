@@ -223,6 +223,8 @@ class LymphImageProcessor(TorchvisionBackend):
             ValueError: anything else: the scale of its pixels would be a guess.
         """
         images = [_rgb(image) for image in images]
+        if all(image.shape[1:] == (self.size.height, self.size.width) for image in images):
+            return torch.stack([image.contiguous() for image in images])
         return self.preprocess(
             images, do_rescale=False, do_normalize=False, return_tensors="pt", input_data_format="channels_first"
         ).pixel_values

@@ -9,7 +9,7 @@ random numbers they had. The gradient is the plain one: a patient is one term of
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .encoder_attention import TrainedAttention
+from .encoder_attention import trained_attention
 
 logger = logging.getLogger(__name__)
 
@@ -173,12 +173,9 @@ def _is_trained(encoder: nn.Module, cells: torch.Tensor) -> bool:
 
 def _for_training(encoder: nn.Module, device: torch.device) -> Encoder:
     """The encoder as it runs on each chunk, kept or not."""
-    # A compiler sees to the attention itself; blocks that are checkpointed are computed anew outside of this function.
-    checkpointed = any(getattr(module, "grad_checkpointing", False) for module in encoder.modules())
-    plain_attention = checkpointed or torch.compiler.is_compiling()
 
     def encode(chunk: torch.Tensor) -> torch.Tensor:
-        with _Autocast(device).entered(), nullcontext() if plain_attention else TrainedAttention():
+        with _Autocast(device).entered(), trained_attention(encoder, device):
             return encoder(chunk)
 
     return encode

@@ -86,10 +86,24 @@ def _separate_adapter(source, given: dict[str, Any], kwargs: dict[str, Any]) -> 
     if path is None:
         return None
     settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    _refuse_unknown_method(name, settings.get("peft_type"))
     base = settings.get("base_model_name_or_path")
     if base is None:
         raise OSError(f"{name}: its adapter_config.json names no base_model_name_or_path. Publish it with its base.")
     return _Adapter(name, place, base, settings.get("revision"))
+
+
+def _refuse_unknown_method(name: str, method: str | None) -> None:
+    """PEFT's own methods need PEFT alone; those of lymph-hf register themselves when it is imported."""
+    try:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as METHODS
+    except ImportError as error:
+        raise OSError(f"{name} is an adapter, which needs PEFT: pip install peft.") from error
+    if method not in METHODS:
+        raise OSError(
+            f"{name} is an adapter of the method {method}, which PEFT alone does not know: pip install lymph-hf, and "
+            "import lymph_hf before loading it."
+        )
 
 
 def _config_beside(adapter: _Adapter, config, config_class: type[PreTrainedConfig]):

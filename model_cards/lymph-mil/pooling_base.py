@@ -143,11 +143,17 @@ class RealCells:
 
     Args:
         mask: `(B, N)` bool, True = a real cell.
+
+    Attributes:
+        mask: as given.
+        counts: real cells of each bag, or None where nothing is moved.
     """
 
     def __init__(self, mask: Tensor) -> None:
-        self.shape = mask.shape
-        self.index = None if is_traced() or is_unpadded(mask) else mask.flatten().nonzero().squeeze(1)
+        self.mask = mask
+        moved = not (is_traced() or is_unpadded(mask))
+        self.index = mask.flatten().nonzero().squeeze(1) if moved else None
+        self.counts = mask.sum(dim=1).tolist() if moved else None
 
     def pack(self, x: Tensor) -> Tensor:
         """Padded `(B, N, ...)` -> real cells `(n, ...)`, bag by bag."""
@@ -157,8 +163,8 @@ class RealCells:
         """Real cells `(n, ...)` -> padded `(B, N, ...)`, 0 on padding."""
         if self.index is None:
             return cells
-        padded = cells.new_zeros(self.shape.numel(), *cells.shape[1:])
-        return padded.index_copy_(0, self.index, cells).unflatten(0, self.shape)
+        padded = cells.new_zeros(self.mask.numel(), *cells.shape[1:])
+        return padded.index_copy_(0, self.index, cells).unflatten(0, self.mask.shape)
 
 
 def masked_softmax(scores: Tensor, mask: Tensor, dim: int = -1) -> Tensor:

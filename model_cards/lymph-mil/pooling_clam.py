@@ -96,14 +96,11 @@ class ClamSinglePooler(Pooler):
         in_class = F.one_hot(labels, self.num_labels).bool().unsqueeze(-1)  # (B, C, 1)
 
         highest, is_top = extreme_cells(scores, mask, self.k, counts - counts // 2)
-        top_loss = self._cell_loss(hidden, highest, in_class.expand_as(highest).long())
         lowest, is_bottom = extreme_cells(-scores, mask, self.k, counts // 2)
-        bottom_loss = self._cell_loss(hidden, lowest, torch.zeros_like(lowest))
-
-        top_used = is_top & (in_class | self.out_of_class)
-        loss = torch.cat([top_loss, bottom_loss], dim=-1).flatten(1)  # (B, C * 2k)
-        used = torch.cat([top_used, is_bottom & in_class], dim=-1).flatten(1)
-        return mean_over_bags(loss, used)
+        target = torch.cat([in_class.expand_as(highest).long(), torch.zeros_like(lowest)], dim=-1)
+        used = torch.cat([is_top & (in_class | self.out_of_class), is_bottom & in_class], dim=-1)
+        loss = self._cell_loss(hidden, torch.cat([highest, lowest], dim=-1), target)  # (B, C, 2k)
+        return mean_over_bags(loss.flatten(1), used.flatten(1))
 
     def _cell_loss(self, hidden: Tensor, cells: Tensor, target: Tensor) -> Tensor:
         """Loss of classifier c on its `cells (B, C, k)` (indices) with `target (B, C, k)` -> `(B, C, k)`."""

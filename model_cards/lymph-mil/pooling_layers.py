@@ -54,12 +54,22 @@ class MultiHeadAttention(nn.Module):
         q, k, v = self.project(query, context)
         return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask(mask)))
 
-    def among(self, packed: Tensor, cells: RealCells, mask: Tensor) -> Tensor:
-        """Exact attention of real cells to each other, as they come from and go to `cells.pack`."""
-        qkv = cells.pad(torch.cat([self.query(packed), self.key_value(packed)], dim=-1))  # (B, N, 3 W)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask(mask))
-        return self.out(cells.pack(attended.transpose(1, 2).flatten(-2)))
+    def among(self, packed: Tensor, cells: RealCells) -> Tensor:
+        """Exact attention of the cells of a bag to each other, as they come from and go to `cells.pack`.
+
+        Bags of different size are taken one by one: without padding and mask, each at the cost of its own cells.
+        """
+        if cells.counts is None:
+            return self(packed, packed, cells.mask)
+        query, key_value = self.query(packed), self.key_value(packed)  # (n, W), (n, 2 W)
+        bags = zip(query.split(cells.counts), key_value.split(cells.counts), strict=True)
+        return self.out(torch.cat([self._within_bag(*bag) for bag in bags]))
+
+    def _within_bag(self, query: Tensor, key_value: Tensor) -> Tensor:
+        """Of one bag: `(n, W)`, `(n, 2 W)` -> `(n, W)`."""
+        q = query.unflatten(-1, (1, self.num_heads, -1)).permute(1, 2, 0, 3)  # (1, heads, n, d)
+        k, v = key_value.unflatten(-1, (2, self.num_heads, -1)).permute(1, 2, 0, 3).split(1)
+        return F.scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1).flatten(1)
 
     def read(self, query: Tensor, context: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward` for a *few* queries, with their attention, mean over heads, `(B, Q, N)`.
@@ -101,19 +111,14 @@ class AttentionBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, context: Tensor | None = None) -> Tensor:
-        """`mask (B, N)` tells the real elements of the context, None = all.
+        """`mask (B, N)` tells the real elements of the context, None = all."""
+        normed = self.norm(x)
+        context = normed if self.norm_context is None else self.norm_context(context)
+        return self._finish(x, self.attention(normed, context, mask))
 
-        In self-attention everything but the products of queries and keys is computed for real elements only;
-        what becomes of the others means nothing.
-        """
-        if self.norm_context is not None:
-            return self._finish(x, self.attention(self.norm(x), self.norm_context(context), mask))
-        if mask is None:
-            normed = self.norm(x)
-            return self._finish(x, self.attention(normed, normed, None))
-        cells = RealCells(mask)
-        packed = cells.pack(x)
-        return cells.pad(self._finish(packed, self.attention.among(self.norm(packed), cells, mask)))
+    def among(self, packed: Tensor, cells: RealCells) -> Tensor:
+        """Self-attention within each bag, of cells as they come from and go to `cells.pack`."""
+        return self._finish(packed, self.attention.among(self.norm(packed), cells))
 
     def read(self, x: Tensor, mask: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-attention of a few queries, with its weights `(B, Q, N)` averaged over heads."""

@@ -78,10 +78,10 @@ class SelfAttentionPooler(TransformerPooler):
 
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
         cells = RealCells(mask)
-        hidden = cells.pad(self.embed(cells.pack(x)))  # (B, N, W)
+        packed = self.embed(cells.pack(x))
         for block in self.blocks:
-            hidden = block(hidden, mask)
-        packed = self.norm(cells.pack(hidden))
+            packed = block.among(packed, cells)
+        packed = self.norm(packed)
         hidden = cells.pad(packed)
         if self.scores is None:
             weights = uniform_weights(mask, hidden.dtype)
@@ -124,14 +124,21 @@ class TransMILPooler(TransformerPooler):
 
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
         hidden = torch.cat([self.token(x.shape[0]), self.embed(x).relu()], dim=1)  # (B, 1 + N, W)
-        real = torch.cat([mask.new_ones(mask.shape[0], 1), mask], dim=1)
-        for block in self.blocks:
-            if self._is_exact(cells=x.shape[1]):
-                hidden = block(hidden, real)
-            else:
-                hidden = block.attend_by_landmarks(hidden, real, self.landmarks)
+        hidden = self._contextualise(hidden, torch.cat([mask.new_ones(mask.shape[0], 1), mask], dim=1))
         token, weights = self.reader.read(hidden[:, :1], mask, hidden[:, 1:])
         return self.norm(token).squeeze(1), weights.squeeze(1), None
+
+    def _contextualise(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Class token and cells `(B, 1 + N, W)` through the blocks."""
+        if not self._is_exact(cells=mask.shape[1] - 1):
+            for block in self.blocks:
+                hidden = block.attend_by_landmarks(hidden, mask, self.landmarks)
+            return hidden
+        elements = RealCells(mask)
+        hidden = elements.pack(hidden)
+        for block in self.blocks:
+            hidden = block.among(hidden, elements)
+        return elements.pad(hidden)
 
     def _is_exact(self, cells: int) -> bool:
         """Whether exact attention serves: landmarks give the same in small bags, at more cost.
