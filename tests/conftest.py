@@ -17,6 +17,7 @@ import torch  # noqa: E402
 
 from lymph_hf import precision, recipes  # noqa: E402
 from lymph_hf.options import CohortOptions, ModelOptions, SplitOptions, TrainingOptions  # noqa: E402
+from lymph_hf.options_crossval import CrossvalOptions  # noqa: E402
 from lymph_hf.synthetic import write_synthetic_cohort  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -69,6 +70,20 @@ def tiny_options(cohort_folder):
         ]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def crossval_arguments(tiny_options):
+    """Makes makers of what `crossval` takes, with options of their own."""
+
+    def maker(default: CrossvalOptions):
+        def make(output: Path, options: CrossvalOptions = default, **changes):
+            cohort, _, model, training = tiny_options(output, **{"epochs": 1, "coverage": 0.5} | changes)
+            return cohort, options, model, training
+
+        return make
+
+    return maker
 
 
 @pytest.fixture(scope="session")

@@ -59,14 +59,8 @@ def no_figures_of_folds():
 
 
 @pytest.fixture(scope="module")
-def arguments(tiny_options):
-    """Makes what `crossval` takes."""
-
-    def make(output, options=OPTIONS, **changes):
-        cohort_options, _, model, training = tiny_options(output, **{"epochs": 1, "coverage": 0.5} | changes)
-        return cohort_options, options, model, training
-
-    return make
+def arguments(crossval_arguments):
+    return crossval_arguments(OPTIONS)
 
 
 @pytest.fixture(scope="module")
