@@ -209,6 +209,7 @@ def _patient_tab(predictor: Predictor) -> None:
         outputs,
         working=("", _WORKING, None),  # what stood there belongs to other cells
         idle=("", _WAITING, None),
+        forgotten=("", _WAITING, None),
         api_name="analyse",
         api_description=(
             "One patient: pictures (or a ZIP), 'Single cells' or 'Smear fields', crop size or None, age or None, "
@@ -294,6 +295,7 @@ def _batch_tab(predictor: Predictor) -> None:
             raise reported.error()
         yield "", _batch_message(rows, left_out, predictor.labels), rows
 
+    forgotten = ("", "", gr.update(value=[], visible=False))
     outputs = [progress, message, results]
     run = _on_click(
         analyse,
@@ -303,6 +305,7 @@ def _batch_tab(predictor: Predictor) -> None:
         outputs,
         working=("", _WORKING, gr.update(value=[], visible=True)),
         idle=("", "", gr.skip()),
+        forgotten=forgotten,
         api_name="batch",
         api_description="Many patients: CSV or None, list of ZIPs -> progress, message with the CSV, table of answers.",
         show_progress_on=progress,
@@ -310,7 +313,7 @@ def _batch_tab(predictor: Predictor) -> None:
     )
     for changed in (table, archives):
         changed.change(
-            lambda: ("", "", gr.update(value=[], visible=False), *_READY),
+            lambda: (*forgotten, *_READY),
             None,
             [*outputs, analyse, stop],
             cancels=[run],
@@ -349,22 +352,29 @@ def _on_click(
     *,
     working: tuple[Any, ...],
     idle: tuple[Any, ...],
+    forgotten: tuple[Any, ...],
     **options: Any,
 ) -> Any:
     """Answer at a click; while a run is under way, the start button is a stop button.
 
     Args:
-        working, idle: outputs at the start of a run, and after it was stopped.
+        working, idle, forgotten: outputs at the start of a run, after it was stopped, and when its inputs have changed.
         options: of the run.
 
     Returns:
         The run, which other events may cancel.
     """
+    asked = gr.State()
+
+    def finished(asked: tuple[Any, ...], *values: Any) -> tuple[Any, ...]:
+        # A change cancels a run, but for one that the server has not numbered yet: that one answers what is not asked.
+        return (*_READY, *([gr.skip()] * len(outputs) if values == asked else forgotten))
+
     # Told first: of several events of one click, the page waits for the end of each.
-    start.click(lambda: (*_RUNNING, *working), None, [start, stop, *outputs], **_UNSEEN)
+    start.click(lambda *values: (*_RUNNING, *working, values), inputs, [start, stop, *outputs, asked], **_UNSEEN)
     run = start.click(answered, inputs, outputs, **options)
     for ended in (run.then, run.failure):  # the page passes over `then` after an error
-        ended(lambda: _READY, None, [start, stop], **_UNSEEN)
+        ended(finished, [asked, *inputs], [start, stop, *outputs], **_UNSEEN)
     stop.click(lambda: (*_READY, *idle), None, [start, stop, *outputs], cancels=[run], **_UNSEEN)
     return run
 
