@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .baselines import NETWORK
-from .cohort import Cohort, read_cohort, scan_images
+from .cohort import Cohort
 from .crossval_curve import draw_learning_curve
 from .crossval_ensemble import save_ensemble
 from .crossval_folds import Fold, FoldPlan, check_teacher, draw_folds, run_folds
@@ -17,8 +17,8 @@ from .modeling_ensemble import EnsembleError
 from .options import CohortOptions, ModelOptions, TrainingOptions
 from .options_crossval import CrossvalOptions
 from .options_distill import FoldTeacherOptions
+from .patient_data import ordered_labels, read_checked, record_data
 from .precision import with_settled_precision
-from .recipes import ordered_labels, record_data
 from .report_page import write_page
 from .runs import Run
 from .splits import Split
@@ -67,10 +67,7 @@ def crossval(
     taught = teacher is not None and teacher.teacher is not None
     groups = (cohort_options, options, model_options, training, *((teacher,) if taught else ()))
     lock = run.claim({k: v for group in groups for k, v in asdict(group).items()}, resume=training.resume)
-    cohort = scan_images(
-        read_cohort(cohort_options.data, reference_date=cohort_options.reference_date), strict=cohort_options.strict
-    )
-    logger.info("%s", cohort.summary())
+    cohort = read_checked(cohort_options)
     label_names = ordered_labels(cohort, options.positive_label)
     folds = draw_folds(cohort, options, run.folder, training.seed)
     patients = tuple(patient.patient_id for patient in cohort.labelled)

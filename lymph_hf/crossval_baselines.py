@@ -17,7 +17,7 @@ from .files import write_json
 from .image_vote import feature_vote
 from .inference import prediction_table, write_table
 from .options import InferenceOptions
-from .recipes import load_model
+from .patient_models import load_model
 from .splits import Split
 from .training import make_accelerator
 

@@ -25,7 +25,8 @@ from .files import remove_folder
 from .options import CohortOptions, EvaluateOptions, InferenceOptions, ModelOptions, SplitOptions, TrainingOptions
 from .options_crossval import CrossvalOptions
 from .options_distill import DistillOptions, FoldTeacherOptions
-from .recipes import evaluate, ordered_labels, train
+from .patient_data import ordered_labels
+from .recipes import evaluate, train
 from .split_files import PARTS
 from .splits import Split, make_folds, make_split
 

@@ -31,6 +31,7 @@ _WAITING = (
     '<section class="lymph"><div class="waiting" role="status"><strong>The answer will appear here.</strong>'
     "<p>Add pictures of one patient or choose a painted example, then press Analyse.</p></div></section>"
 )
+_UNANSWERED = ("", _WAITING, None)  # progress, answer, numbers
 _WORKING = '<section class="lymph"><p role="status">Working \N{HORIZONTAL ELLIPSIS}</p></section>'
 _MAPPING = (
     '<section class="lymph"><p class="soft" role="status">'
@@ -195,7 +196,7 @@ def _patient_tab(predictor: Predictor) -> None:
 
     def forget_answer(files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
         _remember_uploads(request, files)
-        return "", _WAITING, None, *_READY
+        return *_UNANSWERED, *_READY
 
     def predictive_values(prevalence: float) -> str:
         return values_html(predictor.performance, min(max(prevalence, 0.1), 99.9) / 100, predictor.labels[-2:])
@@ -208,8 +209,8 @@ def _patient_tab(predictor: Predictor) -> None:
         inputs,
         outputs,
         working=("", _WORKING, None),  # what stood there belongs to other cells
-        idle=("", _WAITING, None),
-        forgotten=("", _WAITING, None),
+        idle=_UNANSWERED,
+        forgotten=_UNANSWERED,
         api_name="analyse",
         api_description=(
             "One patient: pictures (or a ZIP), 'Single cells' or 'Smear fields', crop size or None, age or None, "
@@ -220,7 +221,7 @@ def _patient_tab(predictor: Predictor) -> None:
         concurrency_limit=4,
     )
     clear.click(
-        lambda: (None, SINGLE_CELLS, "", "", UNKNOWN, "", "", _WAITING, None),
+        lambda: (None, SINGLE_CELLS, "", "", UNKNOWN, "", *_UNANSWERED),
         None,
         [*inputs, *outputs],
         **_UNSEEN,
