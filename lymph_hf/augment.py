@@ -44,21 +44,28 @@ class Augmentation:
         """
         return self.of_patients(cells[None], [generator])[0]
 
-    def of_patients(self, cells: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-        """Patients of as many cells each, each of them as by itself: (P, N, 3, H, W) -> the same in float32."""
+    def of_patients(
+        self, cells: torch.Tensor, generators: Sequence[torch.Generator], *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Patients of as many cells each, each of them as by itself: (P, N, 3, H, W) -> the same in float32.
+
+        Args:
+            out: contiguous, float32, of the shape of `cells`: where the result goes, in place of a new tensor.
+        """
         patients, n, _, height, width = cells.shape
         draws = torch.stack([torch.rand(5 * n + 3, generator=generator) for generator in generators])
         of_cells, of_stain = draws.split([5 * n, 3], dim=1)
         grid = _sampling_grid(self._transforms(of_cells), height, width)
-        cells = cells.contiguous()
+        out = torch.empty(cells.shape) if out is None else out
         background = smear_background(cells)[..., None]  # (P, 3, 1)
         # Zero stands for the background, so what the sampler adds outside the picture is background too.
-        cells = (cells - background[:, None, ..., None]).flatten(0, 1)
-        moved = F.grid_sample(cells, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        torch.sub(cells, background[:, None, ..., None], out=out)
+        moved = F.grid_sample(out.flatten(0, 1), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         middle = moved.view(patients, n, 3, -1).mean(dim=(1, 3))[..., None] + background
         colours, offset = (part.repeat_interleave(n, dim=0) for part in self._stain(of_stain, background, middle))
-        stained = torch.baddbmm(offset, colours, moved.flatten(2))  # (P * N, 3, H * W)
-        return stained.clamp_(0, 255).view(patients, n, 3, height, width)
+        # The cells as they were are not needed any more: new memory would cost more than the arithmetic.
+        torch.baddbmm(offset, colours, moved.flatten(2), out=out.view(patients * n, 3, -1))
+        return out.clamp_(0, 255)
 
     def _transforms(self, draws: torch.Tensor) -> torch.Tensor:
         """(P, 5 N) numbers of 0..1 -> (P * N, 2, 3) affine maps from the new picture's coordinates to the old one's."""

@@ -2,7 +2,7 @@
 
 import bisect
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -73,7 +73,7 @@ class Cells:
         return self.select(row for row, name in enumerate(self.cell_types) if name is not None)
 
 
-_AT_ONCE = 8  # cells that are decoded and augmented together
+_BYTES_AT_ONCE = 2**21  # of pictures that are decoded and augmented together: few, so that they stay in the cache
 _COLUMNS = ("files", "digests", "cell_types", "patient_ids")
 
 
@@ -181,34 +181,45 @@ class CellDataset(torch.utils.data.Dataset):
         return len(self.cells)
 
     def __getitem__(self, key: Key | int) -> dict[str, Any]:
-        """`(epoch, row)`, or a row alone (epoch 0) -> `pixel_values` (3, H, W), and `noise` (L,) or `labels`."""
-        return self.__getitems__([key])[0]
+        """`(epoch, row)`, or a row alone (epoch 0) -> `pixel_values` (3, H, W), and `noise` (L,) or `labels` ()."""
+        return {name: values[0] for name, values in self.__getitems__([key]).items()}
 
-    def __getitems__(self, keys: Sequence[Key | int]) -> list[dict[str, Any]]:
-        """Items of several keys, a few cells at once: small pictures cost less so, and few stay in the cache."""
+    def __getitems__(self, keys: Sequence[Key | int]) -> dict[str, torch.Tensor]:
+        """What a `DataLoader` asks for: the items of several keys, stacked; it takes `collate_fn=default_convert`.
+
+        Pictures are made in the batch's own memory, a few at once: to get new memory from the system and to copy into
+        it took as long as to decode and augment.
+        """
         pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
-        return [
-            item for start in range(0, len(pairs), _AT_ONCE) for item in self._items(pairs[start : start + _AT_ONCE])
-        ]
+        rows = [row for _, row in pairs]
+        generators = [torch.Generator().manual_seed(derived_seed(self.seed, *pair)) for pair in pairs]
+        pixels = torch.empty(len(rows), 3, self.processor.size.height, self.processor.size.width)
+        at_once = max(1, _BYTES_AT_ONCE // pixels[0].nbytes)
+        for start in range(0, len(rows), at_once):
+            some = slice(start, start + at_once)
+            self._fill(pixels[some], rows[some], generators[some])
+        batch = {"pixel_values": pixels}
+        if self.patches is not None:
+            batch["noise"] = torch.stack([torch.rand(self.patches, generator=generator) for generator in generators])
+        if self.label_ids is not None:
+            batch["labels"] = torch.tensor([self.label_ids[row] for row in rows])
+        return batch
 
-    def _items(self, keys: Sequence[Key]) -> Iterator[dict[str, Any]]:
-        rows = [row for _, row in keys]
-        generators = [torch.Generator().manual_seed(derived_seed(self.seed, *key)) for key in keys]
+    def _fill(self, pixels: torch.Tensor, rows: Sequence[int], generators: Sequence[torch.Generator]) -> None:
+        """Make the inputs of some rows in (n, 3, H, W) float32."""
         cells = self._decoded(rows) if self.pixels is None else self.pixels[rows]
-        if self.augmentation is not None:
+        if self.augmentation is None:
+            pixels.copy_(cells)
+        else:
             # Cells come in any order: each is stained as a patient of its own.
-            cells = self.augmentation.of_patients(cells[:, None], generators)[:, 0]
-        for row, generator, values in zip(rows, generators, self.processor.normalize_cells(cells), strict=True):
-            item: dict[str, Any] = {"pixel_values": values}
-            if self.patches is not None:
-                item["noise"] = torch.rand(self.patches, generator=generator)
-            if self.label_ids is not None:
-                item["labels"] = self.label_ids[row]
-            yield item
+            self.augmentation.of_patients(cells[:, None], generators, out=pixels[:, None])
+        self.processor.normalize_cells(pixels, inplace=True)
 
     def _decoded(self, rows: Sequence[int]) -> torch.Tensor:
         """(n, 3, H, W) uint8"""
-        return self.processor.stack([open_cell_image(self.cells.read(row)).image for row in rows])
+        # A moved and restained view is no exact picture, and JPEGs of twice the size are read much faster at half.
+        size = None if self.augmentation is None else (self.processor.size.width, self.processor.size.height)
+        return self.processor.stack([open_cell_image(self.cells.read(row), at_least=size).image for row in rows])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_mae import LymphMAEConfig
-from .encoder_attention import trained_attention
+from .encoder_gradients import faster_gradients
 from .encoders import build_encoder
 from .modeling_lymph import LymphMILPreTrainedModel
 
@@ -147,7 +147,7 @@ class LymphMAEForPreTraining(LymphMILPreTrainedModel):
         decoded = max(1, round(self.config.decoded_share * (self.num_patches - keep)))
         ids_keep, ids_predicted = ids[:, :keep], ids[:, keep : keep + decoded]
         patches = patchify(pixel_values, self._patch)
-        with trained_attention(self, pixel_values.device):
+        with faster_gradients(self, pixel_values.device):
             prediction = self.decoder(self._encode(patches, ids_keep), ids_keep, ids_predicted)
         target = _gather(patches, ids_predicted).float()
         if self.config.norm_pix_loss:

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from timm.models import save_for_hf
 from timm.optim import param_groups_layer_decay
 from torch import nn
-from torch.utils.data import default_collate
+from torch.utils.data import default_convert
 from transformers.modeling_outputs import ModelOutput
 
 from .augment import Augmentation
@@ -112,7 +112,7 @@ def pretrain(options: PretrainOptions) -> Path:
         accelerator,
         model,
         train_set,
-        default_collate,
+        default_convert,
         options,
         run.folder,
         validate=None if validation is None else lambda model: validation(model, loop.progress.epoch + 1),

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data import DataLoader, Subset, default_convert
 
 from .cells import CellDataset, Cells
 from .modeling_mae import LymphMAEForPreTraining
@@ -37,6 +37,7 @@ class HeldOutScores:
         self.loader = DataLoader(
             Subset(held, self.mine),
             batch_size,
+            collate_fn=default_convert,
             num_workers=workers,
             generator=torch.Generator().manual_seed(0),  # the global one belongs to the training
         )
@@ -149,7 +150,7 @@ def reconstruction_figure(
         cells: with `noise`, which decides the masks.
     """
     rows = np.linspace(0, len(cells) - 1, min(SHOWN_CELLS, len(cells))).astype(int).tolist()
-    batch = default_collate([cells[row] for row in rows])
+    batch = cells.__getitems__(rows)
     batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
     with torch.no_grad():
         output = model(**batch)

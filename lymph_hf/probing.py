@@ -14,7 +14,7 @@ from accelerate.utils import gather_object, set_seed
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, default_convert
 from tqdm.auto import tqdm
 
 from .cell_sources import read_cells
@@ -127,7 +127,11 @@ def embed_cells(
     mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     # Its own generator: a loader would otherwise draw from the global one, which training resumes from.
     loader = DataLoader(
-        Subset(dataset, mine), batch_size, num_workers=workers, generator=torch.Generator().manual_seed(0)
+        Subset(dataset, mine),
+        batch_size,
+        collate_fn=default_convert,
+        num_workers=workers,
+        generator=torch.Generator().manual_seed(0),
     )
     rows: list[np.ndarray] = []
     for batch in tqdm(loader, desc="embedding cells", leave=False, disable=None):

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from lymph_hf import LymphImageProcessor, LymphMAEConfig, LymphMAEForPreTraining
@@ -75,7 +74,7 @@ def batches(cells: Cells, size: int) -> dict[str, Callable[[], object]]:
 
     def ours(*, preload: bool) -> Callable[[], object]:
         dataset = CellDataset(cells, processor, patches=196, augmentation=Augmentation(), preload=preload)
-        return lambda: default_collate(dataset.__getitems__(range(len(cells))))
+        return lambda: dataset.__getitems__(range(len(cells)))
 
     images = torch.randn(len(cells), 3, size, size)
     return {

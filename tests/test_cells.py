@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from cohort_factory import challenge_cohort, generic_cohort, image_bytes, write_images, write_table
+from torch.utils.data import DataLoader, default_convert
 
 from lymph_hf.augment import Augmentation
 from lymph_hf.cell_sources import cells_from_folder, cells_from_parquet, read_cells
 from lymph_hf.cells import CellDataset, hold_out, join_cells
 from lymph_hf.clinical_table import CohortError
+from lymph_hf.images import open_cell_image
 from lymph_hf.processing_lymph import LymphImageProcessor
 
 TABLE = "patient_id,label,age,sex\nA,x,50,F\nB,y,60,M\n"
@@ -218,12 +220,26 @@ def test_items_read_together_are_those_read_alone(typed_folder, processor, prelo
         cells, processor, label2id=label2id, patches=4, augmentation=Augmentation(), seed=3, preload=preload
     )
     keys = [(1, row) for row in [*reversed(range(len(cells))), *range(len(cells))]]
-    together = dataset.__getitems__(keys)
-    for key, item in zip(keys, together, strict=True):
+    (together,) = DataLoader(dataset, batch_sampler=[keys], collate_fn=default_convert)
+    for i, key in enumerate(keys):
         alone = dataset[key]
-        assert item["labels"] == alone["labels"]
-        assert torch.equal(item["noise"], alone["noise"])
-        torch.testing.assert_close(item["pixel_values"], alone["pixel_values"], atol=1e-4, rtol=0)
+        assert torch.equal(together["labels"][i], alone["labels"])
+        assert torch.equal(together["noise"][i], alone["noise"])
+        torch.testing.assert_close(together["pixel_values"][i], alone["pixel_values"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("augmentation", "expected"), [(None, None), (Augmentation(), (16, 16))])
+def test_only_random_views_are_decoded_at_a_smaller_size(typed_folder, processor, monkeypatch, augmentation, expected):
+    """What is scored, compared or shown is read as prediction reads it."""
+    asked = []
+
+    def watched(data, *, at_least=None):
+        asked.append(at_least)
+        return open_cell_image(data, at_least=at_least)
+
+    monkeypatch.setattr("lymph_hf.cells.open_cell_image", watched)
+    CellDataset(read_cells(typed_folder), processor, augmentation=augmentation)[0]
+    assert asked == [expected]
 
 
 def test_preloaded_cells_are_the_same(typed_folder, processor):
@@ -239,8 +255,6 @@ def test_preloaded_cells_are_the_same(typed_folder, processor):
 
 
 def test_an_unaugmented_cell_is_the_processors(typed_folder, processor):
-    from lymph_hf.images import open_cell_image
-
     cells = read_cells(typed_folder)
     expected = processor([open_cell_image(cells.read(2)).image]).pixel_values[0, 0]
     assert torch.allclose(CellDataset(cells, processor)[2]["pixel_values"], expected)

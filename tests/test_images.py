@@ -57,6 +57,31 @@ def animated(kind: str) -> bytes:
     return encoded(frames[0], kind, save_all=True, append_images=frames[1:])
 
 
+class TestReducedSize:
+    """JPEGs can be decoded at a part of their size, by what their blocks hold."""
+
+    PICTURE = Image.fromarray(GRAY_RAMP).convert("RGB").resize((160, 120), Image.Resampling.BICUBIC)
+
+    @pytest.mark.parametrize(
+        ("at_least", "size"),
+        [((160, 120), (160, 120)), ((81, 60), (160, 120)), ((80, 60), (80, 60)), ((16, 16), (40, 30))],
+    )
+    def test_is_the_smallest_that_is_enough(self, at_least, size):
+        assert open_cell_image(encoded(self.PICTURE, "JPEG"), at_least=at_least).image.size == size
+
+    def test_shows_the_same_picture(self):
+        reduced = open_cell_image(encoded(self.PICTURE, "JPEG"), at_least=(80, 60)).image
+        expected = np.asarray(self.PICTURE, float).reshape(60, 2, 80, 2, 3).mean(axis=(1, 3))
+        assert np.abs(np.asarray(reduced) - expected).max() < 4
+
+    def test_is_for_jpegs_alone(self):
+        assert open_cell_image(encoded(self.PICTURE, "PNG"), at_least=(16, 16)).image.size == (160, 120)
+
+    def test_truncated_files_are_refused_all_the_same(self):
+        with pytest.raises(CellImageError, match="truncated"):
+            open_cell_image(encoded(self.PICTURE, "JPEG")[:-300], at_least=(80, 60))
+
+
 class TestRead:
     @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
     def test_lossless_formats_give_the_pixels_that_were_written(self, kind):

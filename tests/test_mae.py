@@ -11,7 +11,7 @@ from timm.models import Eva
 from timm.models.vision_transformer import Block
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, ViTMAEConfig, ViTMAEForPreTraining
 
-from lymph_hf import encoder_attention
+from lymph_hf import encoder_gradients
 from lymph_hf.configuration_mae import LymphMAEConfig
 from lymph_hf.modeling_mae import LymphMAEForPreTraining, patchify, sincos_position_embedding, unpatchify
 
@@ -226,8 +226,8 @@ def test_bfloat16_has_the_fast_gradient_of_attention_and_is_close(monkeypatch):
     images, noise = images_for(model)
     loss = model(images, noise=noise).loss
     exact = gradients(model, loss)
-    calls, apply = [], encoder_attention._Attention.apply
-    monkeypatch.setattr(encoder_attention._Attention, "apply", lambda *args: calls.append(args) or apply(*args))
+    calls, apply = [], encoder_gradients._Attention.apply
+    monkeypatch.setattr(encoder_gradients._Attention, "apply", lambda *args: calls.append(args) or apply(*args))
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(images, noise=noise).loss
     assert len(calls) == len(model.encoder.blocks) + len(model.decoder.blocks)
