@@ -44,7 +44,7 @@ def crossval(
     metrics.json             scores of all patients, of each repeat and fold, and of the models beside
     crossval.png             AUROC of each fold, out-of-fold ROC curve
     baselines.png            the network among what stands beside it, with paired differences
-    figures/                 out of fold: ROC and precision-recall curves, calibration, decision curve, subgroups
+    figures/                 out of fold: ROC and precision-recall curves, calibration, decision curve, subgroups, cells
     learning-curve.json, .png, learning-curve/     scores after training on less patients
     report.html              all of that as one page
     lymph-mil/               the models of all folds as one

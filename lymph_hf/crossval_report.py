@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from .crossval_baselines import row_slug
 from .crossval_folds import Fold, FoldPlan
 from .crossval_scores import OF_DECISIONS, WITHIN_FOLDS, OutOfFold, Predictions
 from .crossval_search import chosen_settings
-from .evidence import known_groups, probability_figures
+from .evidence import ATTENTIONS, cells_figure, known_groups, mean_attentions, probability_figures
 from .files import write_json
 from .inference import write_table
 from .metrics import Bootstrap, Interval
@@ -176,7 +177,7 @@ def _figures(
         pooled.labels,
         pooled.probabilities,
         rows[NETWORK],
-        {str(fold): read_interval(fold.report["scores"]["auroc"]) for fold in folds},
+        {_with_counts(fold): read_interval(fold.report["scores"]["auroc"]) for fold in folds},
         run.folder / "crossval.png",
         label_names=network.label_names,
         repeats=[repeat.probabilities for repeat in network.by_repeat().values()],
@@ -184,17 +185,41 @@ def _figures(
     )
     if len(rows) > 1:
         rows_figure(rows, run.folder / "baselines.png")
-    if len(network.label_names) != 2:
-        return {}
     folder = run.folder / "figures"
     folder.mkdir(exist_ok=True)
+    _draw_cells(folder / "cells.png", cohort.select(pooled.patient_ids), folds, pooled, network.label_names)
+    if len(network.label_names) != 2:
+        return {}
     by_name = {name: of_model.probabilities for name, of_model in predictions.items()}
     probability_figures(folder, pooled.labels, by_name, positive=network.label_names[1], bootstrap=bootstrap)
     subgroups = _subgroups(cohort, pooled, bootstrap)
     if not subgroups:
         return {}
-    subgroup_figure(subgroups, folder / "subgroups.png", overall=rows[NETWORK].auroc)
+    positive, overall = network.label_names[1], rows[NETWORK].auroc
+    subgroup_figure(subgroups, folder / "subgroups.png", positive=positive, overall=overall)
     return {"subgroups": [group.as_dict() for group in subgroups]}
+
+
+def _with_counts(fold: Fold) -> str:
+    """ "repeat 1, fold 2: 12 + 5" patients, by label."""
+    return f"{fold}: {' + '.join(map(str, fold.report['n_per_label'].values()))}"
+
+
+def _draw_cells(path: Path, patients: Cohort, folds: Sequence[Fold], pooled: Predictions, names: Sequence[str]) -> None:
+    """As of one run; a cell has the weight that the model of its patient's fold gives it, over repeats the mean."""
+    weighed = [fold.folder / ATTENTIONS for fold in folds]
+    if absent := [weights for weights in weighed if not weights.is_file()]:
+        logger.warning("No cells are shown: %d folds hold no %s, such as %s", len(absent), ATTENTIONS, absent[0].parent)
+        return
+    cells_figure(
+        path,
+        patients,
+        pooled.labels,
+        pooled.probabilities,
+        mean_attentions(weighed, patients),
+        decided=pooled.decided,
+        names=names,
+    )
 
 
 def _subgroups(cohort: Cohort, pooled: Predictions, bootstrap: Bootstrap) -> list[Subgroup]:

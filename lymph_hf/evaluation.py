@@ -123,8 +123,13 @@ def write_evaluation(
     report: dict[str, Any],
     *,
     stem: str,
+    bootstrap: Bootstrap | None = None,
 ) -> None:
-    """`metrics.json`, `predictions.csv`, `evaluation.png`; for the validation patients `validation.*`."""
+    """`metrics.json`, `predictions.csv`, `evaluation.png`; for the validation patients `validation.*`.
+
+    Args:
+        bootstrap: of the figure's band; `None` means `Bootstrap()`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     intervals = report["scores"]
     names = {"metrics": ("predictions.csv", "evaluation.png")}.get(stem, (f"{stem}.csv", f"{stem}.png"))
@@ -138,6 +143,7 @@ def write_evaluation(
         threshold=config.decision_threshold,
         label_names=label_names(config),
         intervals=intervals,
+        bootstrap=bootstrap,
     )
     report["scores"] = {name: interval.as_dict() for name, interval in intervals.items()}
     write_json(folder / f"{stem}.json", report)

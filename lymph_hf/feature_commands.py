@@ -11,7 +11,6 @@ import pandas as pd
 from accelerate.utils import set_seed
 from torch import nn
 
-from .cohort import read_cohort, scan_images
 from .configuration_lymph import LymphMILConfig
 from .encoder_weights import load_first_weights
 from .encoders import build_encoder, resolve_encoder
@@ -20,6 +19,7 @@ from .feature_store import FeatureFile, remove_files, stored_files
 from .features import Features, cached_features
 from .options import CohortOptions, InferenceOptions, chunk_size_option, json_option
 from .options_features import FeatureBuildOptions, FeatureListOptions, FeaturePruneOptions
+from .patient_data import read_checked
 from .patient_models import load_model
 from .processing_lymph import LymphImageProcessor
 from .training import make_accelerator
@@ -81,13 +81,10 @@ def build(cohort_options: CohortOptions, options: FeatureBuildOptions, inference
         raise FeatureError("Give the encoder either by --run (a trained model) or by --encoder (a timm name).")
     accelerator = make_accelerator(inference)
     model, processor = _named_encoder(options) if options.run is None else load_model(options.run)
-    with accelerator.main_process_first():
-        cohort = read_cohort(cohort_options.data, reference_date=cohort_options.reference_date)
-        cohort = scan_images(cohort, strict=cohort_options.strict)
     return cached_features(
         model,
         processor,
-        cohort,
+        read_checked(cohort_options, accelerator),
         options.feature_cache,
         views=options.feature_views,
         accelerator=accelerator,

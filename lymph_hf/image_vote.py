@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from .bags import BagDataset, build_bags, collate_bags
 from .baselines import VOTE, Row, frozen_threshold, ordered_columns
-from .cohort import Cohort, read_cohort, scan_images
+from .cohort import Cohort
 from .configuration_lymph import LymphMILConfig
 from .evaluation import evaluation_patients, label_names
 from .files import write_json, writing_folder
@@ -32,6 +32,7 @@ from .metrics import bootstrap_intervals
 from .modeling_lymph import LymphMILForBagClassification
 from .options import CohortOptions, InferenceOptions
 from .options_recipe import ImageVoteOptions
+from .patient_data import read_checked
 from .processing_lymph import LymphImageProcessor
 from .reporting import scores_table
 from .runs import Run, RunError
@@ -92,8 +93,7 @@ def image_vote(cohort_options: CohortOptions, options: ImageVoteOptions, inferen
             f"{options.classifier} tells {sorted(model.config.label2id)} apart and {options.run} {sorted(wanted)}; the "
             "vote needs lymph pretrain --objective patient-label on patients of the same labels"
         )
-    cohort = read_cohort(cohort_options.data, reference_date=cohort_options.reference_date)
-    cohort = scan_images(cohort, strict=cohort_options.strict)
+    cohort = read_checked(cohort_options, accelerator)
     _refuse_known_patients(options, cohort, run)
     cohort, note = evaluation_patients(cohort, run, "validation")
     cells = cell_probabilities(model, processor, cohort, accelerator, inference.workers, cohort_options.cache_dir)

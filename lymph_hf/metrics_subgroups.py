@@ -50,7 +50,7 @@ def clinical_groups(age: ArrayLike, sex: Sequence[str | None], lymphocyte_count:
     return {
         "age": bands(age, AGE_EDGES, "years"),
         "sex": [names.get(code, MISSING) for code in sex],
-        "lymphocyte count": bands(lymphocyte_count, COUNT_EDGES, "·10⁹/L"),
+        "lymphocyte count": bands(lymphocyte_count, COUNT_EDGES, "· 10⁹/L"),
     }
 
 

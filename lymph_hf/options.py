@@ -102,6 +102,11 @@ class ModelOptions:
     encoder_options: str | None = option(None, "JSON of further timm.create_model arguments")
     image_size: int | None = option(None, "side of the input in pixels; by default what the encoder expects")
     freeze_encoder: bool = option(False, "train pooling, fusion and classifier only")
+    standardize_cells: bool = option(
+        False,
+        "bring each feature of a frozen encoder to mean 0 and standard deviation 1 over the cells of the training "
+        "patients: for an encoder that never learnt from labelled cells; one that did is mostly better without",
+    )
     adapter: str | None = option(None, "train an adapter in a frozen encoder; a name in ADAPTERS, such as lora")
     adapter_options: str | None = option(None, "JSON of the adapter's options, such as '{\"r\": 16}'")
     pooling: str = option("gated_attention", "how cells become a patient; a name in POOLERS")

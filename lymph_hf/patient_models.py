@@ -45,6 +45,7 @@ def new_model(
         encoder=encoder.name,
         encoder_options=encoder.options_with(json_option("encoder_options", options.encoder_options)),
         image_size=options.image_size,
+        standardize_cells=options.standardize_cells,
         pooling=options.pooling,
         pooling_options=json_option("pooling_options", options.pooling_options),
         fusion=options.fusion,

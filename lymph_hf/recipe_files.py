@@ -19,14 +19,12 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from .cohort import read_cohort, scan_images
 from .distillation import distill
 from .files import write_json
 from .image_vote import image_vote
@@ -43,7 +41,7 @@ from .options import (
 from .options_distill import DistillOptions
 from .options_pretrain import PretrainOptions
 from .options_recipe import ImageVoteOptions, RecipeOptions
-from .patient_data import choose_split, record_data
+from .patient_data import choose_split, read_checked, record_data
 from .pretraining import pretrain
 from .recipes import evaluate, train
 from .runs import FREE_ON_RESUME, Run
@@ -349,8 +347,7 @@ def _share_split(recipe: RecipeFile) -> None:
     """Draw the split and write it, with the images of each part, before any stage runs."""
     shared = Run(recipe.output)
     cohort_options = next(stage.options[0] for stage in recipe.stages if stage.command in ("train", "distill"))
-    read = partial(read_cohort, reference_date=cohort_options.reference_date)
-    cohort = scan_images(read(cohort_options.data), strict=cohort_options.strict)
+    cohort = read_checked(cohort_options)
     split = choose_split(cohort, recipe.split, recipe.split.seed)
     if shared.split.is_file() and Split.load(shared.split) != split:
         raise RecipeFileError(

@@ -18,13 +18,14 @@ from torch.utils.data import Dataset
 from .augment import Augmentation
 from .bags import BagDataset, build_bags, collate_bags
 from .baselines import CLINICAL_ALONE, Blend, Row, clinical_rows, score_rows
+from .cell_standardization import fit_cell_standardizer
 from .clinical import ClinicalSettings
 from .clinical_baseline import Baseline, clinical_baseline
 from .cohort import Cohort
 from .configuration_lymph import LymphMILConfig
 from .decisions import freeze_decisions
 from .evaluation import evaluation_patients, patient_table, score_report, write_evaluation
-from .evidence import write_evidence
+from .evidence import ATTENTIONS, write_attentions, write_evidence
 from .features import FeatureBags, put_encoder, take_encoder
 from .image_vote import vote_rows
 from .inference import Inference, infer, write_table
@@ -165,7 +166,7 @@ def train(
     Raises:
         CohortError, SplitError, LineageError, RunError, TrainingError, CheckpointError: each with what to do.
     """
-    _check_feature_cache(model_options, options)
+    _check_frozen(model_options, options)
     run, options = Run(Path(options.output)), with_settled_precision(options)
     accelerator = make_accelerator(options, run.folder)
     groups = [cohort_options, split_options, model_options, options, *([] if teaching is None else [teaching.options])]
@@ -212,7 +213,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a trained model on labelled patients, with bootstrap intervals, at its frozen threshold.
 
-    Writes `metrics.json`, `predictions.csv`, `evaluation.png`, `figures/` and the page `report.html`.
+    Writes `metrics.json`, `predictions.csv`, `attentions.csv` (the weight of every cell), `evaluation.png`, `figures/`
+    and the page `report.html`.
 
     Args:
         cohort: checked, where it has been read before; `None` reads `cohort_options.data`.
@@ -268,6 +270,8 @@ def evaluate(
         **report,
     }
     if accelerator.is_main_process:
+        bootstrap = Bootstrap(options.resamples, seed=options.seed)
+        write_attentions(folder / ATTENTIONS, cohort, predictions.attentions)
         if options.figures:
             report |= write_evidence(
                 folder / "figures",
@@ -277,9 +281,10 @@ def evaluate(
                 rows=rows,
                 auroc=report["scores"]["auroc"],
                 prevalence=options.prevalence,
-                bootstrap=Bootstrap(options.resamples, seed=options.seed),
+                bootstrap=bootstrap,
             )
-        write_evaluation(folder, cohort, predictions.probabilities, model.config, report, stem="metrics")
+        probabilities = predictions.probabilities
+        write_evaluation(folder, cohort, probabilities, model.config, report, stem="metrics", bootstrap=bootstrap)
         if options.figures:
             logger.info("Report: %s", write_page(run, evaluation=folder))
     return report
@@ -312,10 +317,16 @@ def predict(cohort_options: CohortOptions, options: PredictOptions, inference: I
     return Path(options.output)
 
 
-def _check_feature_cache(model_options: ModelOptions, options: TrainingOptions) -> None:
+def _check_frozen(model_options: ModelOptions, options: TrainingOptions) -> None:
+    frozen = model_options.freeze_encoder and model_options.adapter is None
+    if model_options.standardize_cells and not frozen:
+        raise RecipeError(
+            "--standardize-cells: the features of an encoder that learns keep no scale. Add --freeze-encoder (and no "
+            "--adapter), or leave --standardize-cells out."
+        )
     if options.feature_cache is None:
         return
-    if not model_options.freeze_encoder or model_options.adapter is not None:
+    if not frozen:
         raise RecipeError(
             "--feature-cache: features can be kept of a frozen encoder only. Add --freeze-encoder (and no --adapter), "
             "or leave --feature-cache out."
@@ -333,7 +344,7 @@ def _datasets(
     reading: CohortOptions,
     options: TrainingOptions,
 ) -> tuple[BagDataset | FeatureBags, BagDataset | FeatureBags | None]:
-    """Training patients, augmented, and validation patients where there are any."""
+    """Training patients, augmented, and validation patients where there are any; the former set the scale of cells."""
     augmentation = Augmentation() if options.augment else None
     if options.feature_cache is None:
         data = Bags(cohort, processor, model.config.label2id, reading.cache_dir, accelerator)
@@ -341,6 +352,8 @@ def _datasets(
         seen, views = cohort.select(split.train + split.validation), options.feature_views if augmentation else 0
         cache, workers = options.feature_cache, options.workers
         data = CachedBags(seen, model, processor, accelerator, cache, views=views, workers=workers)
+    if model.config.standardize_cells:
+        fit_cell_standardizer(model, data.subset(split.train), accelerator, workers=options.workers)
     train_set = data.subset(split.train, max_cells=options.max_cells, augmentation=augmentation, seed=options.seed)
     return train_set, data.subset(split.validation) if split.validation else None
 

@@ -74,6 +74,7 @@ TRAINING_FIGURES = (
     ("history.png", "Training", "Losses and validation scores by epoch; the marked epoch was kept."),
     ("validation.png", "Validation patients", "They chose epoch, calibration and threshold: not a test."),
 )
+_LEAST = 2 / 3  # of its width: on narrower screens a picture is moved, as its letters could not be read
 MAIN_SCORES = ("auroc", "auprc", "balanced_accuracy", "sensitivity", "specificity", "brier")
 
 
@@ -170,10 +171,16 @@ def _fold_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _score_rows(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float | None]]]:
-    """The main scores first, then the others in their order."""
+    """The main scores first, then the others in their order; those of one label name it."""
     scores = report["scores"]
     first = [name for name in MAIN_SCORES if name in scores]
-    return [(name, scores[name]) for name in (*first, *(name for name in scores if name not in first))]
+    of_label = {
+        f"{score}_{number}": f"{score}, {label} patients"
+        for number, label in enumerate(report["n_per_label"])
+        for score in ("coverage", "referred")
+    }
+    names = (*first, *(name for name in scores if name not in first))
+    return [(of_label.get(name, name), scores[name]) for name in names]
 
 
 def _compared(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any] | None]]:
@@ -193,7 +200,8 @@ def _pictures(folder: Path, figures: tuple[tuple[str, str, str], ...]) -> list[d
             with Image.open(path) as picture:  # shown as large as it was drawn, so that all letters are alike
                 width = round(96 * picture.width / picture.info.get("dpi", (96,))[0])
             source = f"data:image/png;base64,{data}"
-            found.append({"heading": heading, "text": text, "source": source, "width": width})
+            least = round(_LEAST * width)
+            found.append({"heading": heading, "text": text, "source": source, "width": width, "least": least})
     return found
 
 

@@ -19,7 +19,6 @@ from .metrics import (
     check_predictions,
     confusion,
     decide,
-    reliability_bins,
     roc_band,
     roc_points,
 )
@@ -34,6 +33,7 @@ from .reporting_style import (
     percent,
     row_label,
     say,
+    shown_bins,
     words,
     wrap_name,
 )
@@ -136,6 +136,7 @@ def evaluation_figure(
     threshold: float,
     label_names: Sequence[str],
     intervals: Mapping[str, Interval],
+    bootstrap: Bootstrap | None = None,
     title: str = "Evaluation",
 ) -> None:
     """How well patients are told apart: ROC curve, reliability, probabilities by class, confusion matrix.
@@ -148,6 +149,7 @@ def evaluation_figure(
         labels, probabilities, threshold: as in `metrics`.
         label_names: name of each class, in the order of the labels.
         intervals: what `metrics.bootstrap_intervals` returned for these predictions.
+        bootstrap: of the band; None means `Bootstrap()`.
         path: where to write the picture; the suffix says the format.
 
     Raises:
@@ -166,7 +168,7 @@ def evaluation_figure(
         axes = figure.subplots(2, 2).ravel()
         figure.suptitle(f"{title}: n = {len(labels)} patients ({counts})")
         figure.supxlabel(_scores_caption(intervals), fontsize=10)
-        _draw_roc(axes[0], curves, intervals)
+        _draw_roc(axes[0], curves, bootstrap or Bootstrap())
         _draw_reliability(axes[1], curves)
         _draw_strip(axes[2], labels, probabilities, threshold, label_names)
         _draw_confusion(axes[3], matrix, label_names)
@@ -196,7 +198,7 @@ def _curves(labels: np.ndarray, probabilities: np.ndarray, label_names: Sequence
     ]
 
 
-def _draw_roc(ax: Axes, curves: Sequence[_Curve], intervals: Mapping[str, Interval]) -> None:
+def _draw_roc(ax: Axes, curves: Sequence[_Curve], bootstrap: Bootstrap) -> None:
     ax.set_title("ROC curve" if len(curves) == 1 else "ROC curves, one versus rest")
     defined = [curve for curve in curves if 0 < curve.positive.sum() < len(curve.positive)]
     if not defined:
@@ -205,10 +207,9 @@ def _draw_roc(ax: Axes, curves: Sequence[_Curve], intervals: Mapping[str, Interv
     for curve in defined:
         false_positive, true_positive, _ = roc_points(curve.positive, curve.probability)
         ax.plot(false_positive, true_positive, color=curve.colour, linewidth=1.8, label=wrap_name(curve.name))
-    if len(curves) == 1 and "auroc" in intervals:
-        level = intervals["auroc"].level
-        label = f"{percent(level)} bootstrap band"
-        band = roc_band(curves[0].positive, curves[0].probability, bootstrap=Bootstrap(level=level))
+    if len(curves) == 1:
+        label = f"{percent(bootstrap.level)} bootstrap band"
+        band = roc_band(curves[0].positive, curves[0].probability, bootstrap=bootstrap)
         ax.fill_between(*band, color=curves[0].colour, alpha=0.18, linewidth=0, label=label)
     _unit_square(ax)
     ax.set(xlabel="1 - specificity", ylabel="sensitivity")
@@ -219,15 +220,13 @@ def _draw_reliability(ax: Axes, curves: Sequence[_Curve]) -> None:
     """One curve with its Wilson intervals, or several without; the ROC panel names their colours."""
     alone = len(curves) == 1
     for curve in curves:
-        # Fewer than five patients in a bin say next to nothing.
-        number = int(np.clip(len(curve.positive) // 5, 1, 10))
-        bins = reliability_bins(curve.positive, curve.probability, bins=number)
+        bins, per_dot = shown_bins(curve.positive, curve.probability)
         predicted, observed = [b.predicted for b in bins], [b.observed for b in bins]
         ax.plot(predicted, observed, color=curve.colour, marker="o", markersize=5)
         if alone:
             ax.vlines(predicted, [b.low for b in bins], [b.high for b in bins], color=curve.colour, linewidth=1)
     _unit_square(ax)
-    ax.set_title("Reliability" if alone else "Reliability, one versus rest")
+    ax.set_title(f"Reliability, {per_dot}" if alone else "Reliability, one versus rest")
     ax.set_xlabel(f"mean predicted probability of {curves[0].name}" if alone else "mean predicted probability")
     ax.set_ylabel("observed share, 95 % Wilson interval" if alone else "observed share")
 
@@ -269,7 +268,7 @@ def _draw_confusion(ax: Axes, matrix: np.ndarray, label_names: Sequence[str]) ->
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), share in np.ndenumerate(shares):
-        text = f"{matrix[row, column]}\n{share:.0%}"
+        text = f"{matrix[row, column]}\n{percent(round(share, 2))}"
         ax.text(column, row, text, ha="center", va="center", color="white" if share > 0.5 else "black")
     ticks, names = range(len(label_names)), [wrap_name(name) for name in label_names]
     ax.set_yticks(ticks, names)
@@ -313,7 +312,7 @@ def _cells(interval: Interval) -> tuple[str, str]:
 
 
 def gallery(
-    images: Sequence[Image.Image],
+    images: Sequence[Image.Image | None],
     captions: Sequence[str],
     path: str | os.PathLike,
     *,
@@ -323,7 +322,8 @@ def gallery(
     """A grid of pictures with a caption under each, row by row.
 
     Args:
-        images: PIL images of any size, each fitted into a square of the grid with its proportions kept.
+        images: PIL images of any size, each fitted into a square of the grid with its proportions kept; None leaves
+            a square empty.
         captions: one per image; wrapped to the width of the square, "" for none.
         path: where to write the picture; the suffix says the format.
         columns: pictures per row, at least 1; fewer pictures make a narrower grid.
@@ -331,27 +331,28 @@ def gallery(
     Raises:
         ValueError: no images, captions of another number, columns below 1.
     """
-    if not images or len(images) != len(captions) or columns < 1:
+    number = sum(image is not None for image in images)
+    if not number or len(images) != len(captions) or columns < 1:
         raise ValueError(
             "a gallery needs at least one image, one caption per image and one column, got"
-            f" {len(images)} images, {len(captions)} captions, columns={columns}"
+            f" {number} images, {len(captions)} captions, columns={columns}"
         )
     side, gap, line = 1.4, 0.12, 0.15  # inches
     wrapped = [_caption(caption) for caption in captions]
     lines = max(text.count("\n") + 1 if text else 0 for text in wrapped)
     columns = min(columns, len(images))
     cell_width, cell_height = side + gap, side + gap + line * lines
-    heading = textwrap.fill(
-        f"{title}: n = {len(images)}" if title else f"n = {len(images)}", max(12, int(columns * 15))
-    )
+    heading = textwrap.fill(f"{title}: n = {number}" if title else f"n = {number}", max(12, int(columns * 15)))
     top = 0.15 + 0.22 * (heading.count("\n") + 1)
     width, height = columns * cell_width + gap, math.ceil(len(images) / columns) * cell_height + top
     with figure_file(path, width, height, layout="none") as figure:
         ax = figure.add_axes((0, 0, 1, 1))
         ax.set_axis_off()
         ax.text(gap, gap, heading, va="top", fontsize=12)
-        for number, (image, caption) in enumerate(zip(images, wrapped, strict=True)):
-            row, column = divmod(number, columns)
+        for place, (image, caption) in enumerate(zip(images, wrapped, strict=True)):
+            if image is None:
+                continue
+            row, column = divmod(place, columns)
             x, y = gap + column * cell_width + side / 2, top + row * cell_height + side / 2
             half_width, half_height = (side / 2 * extent / max(image.size) for extent in image.size)
             ax.imshow(

@@ -63,9 +63,10 @@ def crossval_figure(
         for number, name in enumerate(label_names)
         if not two or number == 1
     }
-    with figure_file(path, 11, max(4.8, 1.8 + 0.3 * (len(folds) + 2))) as figure:
+    counts = " + ".join(f"{(labels == number).sum()} {name}" for number, name in enumerate(label_names))
+    with figure_file(path, 11, max(5.2, 1.8 + 0.3 * (len(folds) + 2))) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
-        figure.suptitle(f"Cross-validation: n = {len(labels)} patients, predicted out of fold")
+        figure.suptitle(f"Cross-validation: n = {len(labels)} patients ({counts}), predicted out of fold")
         _draw_folds(left, network, folds)
         _draw_curves(right, curves, [p[:, 1] for p in repeats] if two else [], bootstrap)
 
@@ -109,7 +110,7 @@ def _draw_curves(
     ax.grid()
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", anchor="N")
     ax.set(xlabel="1 - specificity", ylabel="sensitivity")
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def rows_figure(rows: Mapping[str, RowScores], path: str | os.PathLike) -> None:
@@ -141,7 +142,7 @@ def rows_figure(rows: Mapping[str, RowScores], path: str | os.PathLike) -> None:
             ax.grid(axis="x")
         left.set(xlim=(-0.02, 1.02), title="AUROC", xlabel=f"AUROC, {level} bootstrap interval over patients")
         right.set_title("The network's lead")
-        right.set_xlabel(f"AUROC of the network minus its own, {level} interval, paired")
+        right.set_xlabel(f"AUROC of the network minus that of the row, {level} interval, paired")
 
 
 def _draw_pair(ax: Axes, height: int, areas: tuple[Interval, Interval], colour: str) -> None:

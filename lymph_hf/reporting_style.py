@@ -12,14 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from .files import writing_file
-from .metrics import Interval
+from .metrics import Interval, ReliabilityBin, reliability_bins
 
 GREY = "#8c8c8c"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
+# Of the curves drawn over a solid blue one, which shows through where they lie along it; they differ in grey, too.
+DASH_COLOURS = ("#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ((0, (5, 2)), (0, (1.5, 2.5)), (0, (6, 2, 1.5, 2)), (0, (10, 3)), (0, (6, 2, 1.5, 2, 1.5, 2)), (0, (3, 3)))
 
 STYLE: dict[str, Any] = {
     "font.size": 10,
@@ -111,3 +116,11 @@ def common_level(intervals: Mapping[str, Interval]) -> float:
 def percent(share: float) -> str:
     """0.95 -> "95 %"."""
     return f"{100 * share:g} %"
+
+
+def shown_bins(labels: ArrayLike, probabilities: ArrayLike) -> tuple[list[ReliabilityBin], str]:
+    """At most ten bins of a reliability diagram, and how many patients a dot stands for: "6 patients per dot"."""
+    # Fewer than five patients in a bin say next to nothing.
+    bins = reliability_bins(labels, probabilities, bins=int(np.clip(len(labels) // 5, 1, 10)))
+    counts = sorted({b.count for b in bins})
+    return bins, f"{' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} patients per dot"

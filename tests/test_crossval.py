@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from figure_cases import remember_saved, texts
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
@@ -28,7 +29,8 @@ from lymph_hf.cohort import CLINICAL, read_cohort, scan_images
 from lymph_hf.crossval import crossval
 from lymph_hf.crossval_ensemble import load_member
 from lymph_hf.crossval_folds import CrossvalError, FoldPlan, draw_folds, run_fold
-from lymph_hf.crossval_scores import OutOfFold
+from lymph_hf.crossval_report import write_report
+from lymph_hf.crossval_scores import OutOfFold, out_of_fold
 from lymph_hf.crossval_search import SearchError, SearchSpace, chosen_settings, search_settings
 from lymph_hf.evaluation import EvaluationError
 from lymph_hf.files import write_json
@@ -37,7 +39,7 @@ from lymph_hf.modeling_ensemble import EnsembleError
 from lymph_hf.options import CohortOptions, EvaluateOptions, InferenceOptions, PredictOptions
 from lymph_hf.options_crossval import CrossvalOptions
 from lymph_hf.reporting_crossval import RowScores, crossval_figure
-from lymph_hf.runs import RunError, model_source
+from lymph_hf.runs import Run, RunError, model_source
 
 CPU = InferenceOptions(cpu=True)
 OPTIONS = CrossvalOptions(folds=2, validation_fraction=0.3, resamples=100)
@@ -463,7 +465,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused_with_the_reason(tmp_path):
         load_member(tmp_path)
 
 
-def test_three_labels_are_scored_and_drawn(tmp_path):
+def test_three_labels_are_scored_and_drawn(tmp_path, monkeypatch):
     generator = np.random.default_rng(0)
     names, columns = ("a", "b", "c"), ["probability_a", "probability_b", "probability_c"]
     table = pd.DataFrame({"repeat": 1, "fold": [1, 2] * 15, "patient_id": [f"P{i:02}" for i in range(30)]})
@@ -478,5 +480,18 @@ def test_three_labels_are_scored_and_drawn(tmp_path):
     scores = RowScores(intervals["auroc"], intervals["auroc_within_folds"])
     path = tmp_path / "crossval.png"
     folds = {"fold 1": intervals["auroc"]}
+    shown = remember_saved(monkeypatch)
     crossval_figure(pooled.labels, pooled.probabilities, scores, folds, path, label_names=names)
     assert path.stat().st_size > 10_000
+    assert "n = 30 patients (10 a + 10 b + 10 c)" in texts(shown[0])
+
+
+def test_the_figure_counts_the_patients_of_each_fold(arguments, finished, cohort, tmp_path, monkeypatch):
+    groups = arguments(finished)
+    folds = draw_folds(cohort, OPTIONS, finished, seed=groups[3].seed)
+    shown = remember_saved(monkeypatch)
+    write_report(Run(tmp_path), cohort, folds, out_of_fold(folds, ("reactive", "tumoral")), FoldPlan(*groups))
+    labels = {patient.patient_id: patient.label for patient in cohort.patients}
+    for fold in folds:
+        counts = [[labels[patient] for patient in fold.split.test].count(name) for name in ("reactive", "tumoral")]
+        assert f"{fold}: {counts[0]} + {counts[1]}" in texts(shown[0])

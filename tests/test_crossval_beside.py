@@ -13,13 +13,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from lymph_hf import crossval_curve, crossval_folds
+from lymph_hf import crossval_curve, crossval_folds, evidence
+from lymph_hf.bags import BagDataset, build_bags
 from lymph_hf.cli import parse
 from lymph_hf.cohort import Cohort, Patient, read_cohort, scan_images
 from lymph_hf.crossval import crossval
 from lymph_hf.crossval_baselines import BASELINES, Case, read_baselines, row_slug, write_baselines
 from lymph_hf.crossval_folds import CrossvalError, FoldPlan, check_teacher, draw_folds, run_fold
+from lymph_hf.evidence import mean_attentions
 from lymph_hf.image_vote import feature_vote
+from lymph_hf.images import open_cell_image
+from lymph_hf.inference import infer
 from lymph_hf.metrics import Bootstrap, Interval, choose_threshold
 from lymph_hf.metrics_comparison import paired_bootstrap
 from lymph_hf.options import InferenceOptions
@@ -27,21 +31,30 @@ from lymph_hf.options_crossval import BASELINES as NAMES
 from lymph_hf.options_crossval import CrossvalOptions
 from lymph_hf.options_distill import FoldTeacherOptions
 from lymph_hf.options_report import ReportOptions
+from lymph_hf.patient_models import load_model
 from lymph_hf.report_page import report
 from lymph_hf.reporting_crossval import RowScores, rows_figure
 from lymph_hf.runs import RunError
 from lymph_hf.splits import Split
+from lymph_hf.training import make_accelerator
 
 CPU = InferenceOptions(cpu=True)
 OPTIONS = CrossvalOptions(folds=2, validation_fraction=0.3, resamples=60, ensemble=False)
+CELLS = {}  # figure -> pictures and captions
 ROWS = ["clinical alone", "blend", "bag size", "image vote, majority", "image vote, mean"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def blank_figures():
     """Drawing takes most of the time, and figures are tested where they are made."""
+
+    def remembered(images, captions, path, **options):
+        CELLS[path] = [(image, caption) for image, caption in zip(images, captions, strict=True) if image is not None]
+        Image.new("L", (1, 1)).save(path, "png")
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda _, path, **options: Image.new("L", (1, 1)).save(path, "png"))
+        patch.setattr(evidence, "gallery", remembered)
         yield
 
 
@@ -310,6 +323,61 @@ def test_the_page_of_a_cross_validation_holds_folds_rows_and_checklist(voted, co
     assert not [patient.patient_id for patient in cohort.patients if patient.patient_id in text]
     variables = {group["variable"] for group in metrics["subgroups"]}
     assert variables == {"age", "sex", "lymphocyte count"}
+
+
+def test_cells_are_shown_as_the_model_of_their_fold_weighs_them(finished, cohort, tmp_path):
+    """The models are asked anew; right and wrong are those of the out-of-fold table."""
+    weights = {}
+    for fold in sorted((finished / "repeat-1").glob("fold-?")):
+        model, processor = load_model(fold)
+        ids = pd.read_csv(fold / "predictions.csv").patient_id
+        rows = build_bags(cohort.select(ids), cache_dir=tmp_path)
+        weights |= dict(
+            zip(ids, infer(model, BagDataset(rows, processor), make_accelerator(CPU)).attentions, strict=True)
+        )
+    answers = pd.read_csv(finished / "out-of-fold.csv").set_index("patient_id")
+    shown = pd.read_csv(finished / "figures" / "cells.csv").set_index("number")
+    cells = iter(CELLS[finished / "figures" / "cells.png"])
+    for number, patient_id, label, said in shown.itertuples():
+        assert tuple(answers.loc[patient_id, ["label", "predicted_label"]]) == (label, said)
+        (patient,) = cohort.select([patient_id]).patients
+        for cell in np.argsort(-weights[patient_id], kind="stable")[:8]:
+            picture, caption = next(cells)
+            answer = f"patient {number}, {'right' if label == said else 'WRONG'}:\ncalled {said}"
+            assert caption == f"{answer}\nweight {weights[patient_id][cell]:.3f}"
+            assert picture.tobytes() == open_cell_image(patient.images[cell]).image.tobytes()
+    assert next(cells, None) is None
+    right = answers.label == answers.predicted_label
+    assert len(shown) == min(3, right.sum()) + min(3, (~right).sum())
+    assert "<h3>Cells behind right and wrong answers</h3>" in (finished / "report.html").read_text()
+
+
+def test_folds_without_attentions_are_reported_without_cells(finished, arguments, tmp_path, caplog):
+    """As an earlier version left them."""
+    output = shutil.copytree(finished, tmp_path / "folds")
+    settings = json.loads((output / "settings.json").read_text()) | {"output": str(output)}
+    (output / "settings.json").write_text(json.dumps(settings))
+    for path in (output / "repeat-1/fold-2/attentions.csv", output / "figures/cells.png"):
+        path.unlink()
+    crossval(*arguments(output, resume=True))
+    assert "No cells are shown: 1 folds hold no attentions.csv" in caplog.text
+    assert "Cells behind" not in (output / "report.html").read_text()
+
+
+def test_a_fold_of_cached_features_weighs_its_cells_too(arguments, cohort, tmp_path):
+    frozen = {"freeze_encoder": True, "feature_cache": str(tmp_path / "cache"), "clinical_baseline": "none"}
+    groups = arguments(tmp_path / "folds", replace(OPTIONS, baselines=["none"]), **frozen)
+    fold, _ = draw_folds(cohort, groups[1], tmp_path / "folds", seed=0)
+    run_fold(fold, FoldPlan(*groups), cohort)
+    tested = cohort.select(fold.split.test)
+    model, processor = load_model(fold.folder)
+    images = BagDataset(build_bags(tested, cache_dir=tmp_path), processor)
+    expected = infer(model, images, make_accelerator(CPU)).attentions
+    for patient, weights, own in zip(
+        tested.patients, mean_attentions([fold.folder / "attentions.csv"], tested), expected, strict=True
+    ):
+        assert len(weights) == len(patient.images)
+        np.testing.assert_allclose(weights, own, atol=1e-5)
 
 
 def test_a_subgroup_is_decided_at_the_thresholds_of_its_folds(voted, cohort):

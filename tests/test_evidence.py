@@ -11,10 +11,10 @@ from figure_cases import remember_saved, texts
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
-from lymph_hf import recipes
+from lymph_hf import evaluation, recipes
 from lymph_hf.cohort import Cohort, Patient, read_cohort
 from lymph_hf.configuration_lymph import LymphMILConfig
-from lymph_hf.evidence import cells_figure, known_groups, write_evidence
+from lymph_hf.evidence import cells_figure, known_groups, mean_attentions, write_attentions, write_evidence
 from lymph_hf.inference import Inference
 from lymph_hf.metrics import Bootstrap
 from lymph_hf.options import CohortOptions, EvaluateOptions, InferenceOptions
@@ -80,13 +80,49 @@ def test_the_page_holds_everything_and_asks_for_nothing(scored):
 def test_the_cells_name_no_patient_but_the_table_beside_them_does(tmp_path, monkeypatch):
     saved = remember_saved(monkeypatch)
     cohort = patients(tmp_path, ["a", "b", "a"])
-    said = Inference(np.array([[0.8, 0.2], [0.3, 0.7], [0.4, 0.6]]), 0.5, (np.ones(1),) * 3)
-    config = LymphMILConfig(encoder="test_vit", id2label={0: "a", 1: "b"})
-    cells_figure(tmp_path / "cells.png", cohort, np.array([0, 1, 0]), said, config)
+    probabilities = np.array([[0.8, 0.2], [0.3, 0.7], [0.4, 0.6]])
+    attentions = (np.ones(1), np.ones(1), np.ones(1))
+    decided = np.array([0, 1, 1])
+    labels, names = np.array([0, 1, 0]), ["a", "b"]
+    cells_figure(tmp_path / "cells.png", cohort, labels, probabilities, attentions, decided=decided, names=names)
     shown = texts(saved[0])
-    assert "patient 1: a, right" in shown and "patient 3: b, WRONG" in shown
+    assert "patient 1, right:\ncalled a" in shown and "patient 3, WRONG:\ncalled b" in shown
     assert not re.search(r"P\d", shown)
     assert pd.read_csv(tmp_path / "cells.csv").patient_id.tolist() == ["P0", "P1", "P2"]
+
+
+def test_the_bands_have_the_resamples_that_were_asked_for(trained_run, cohort_folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluation, "evaluation_figure", lambda *_, **options: asked.append(options["bootstrap"]))
+    options = EvaluateOptions(run=str(trained_run), output=str(tmp_path), resamples=7, seed=3, figures=False)
+    recipes.evaluate(CohortOptions(data=str(cohort_folder)), options, InferenceOptions(cpu=True))
+    assert asked == [Bootstrap(7, seed=3)]
+
+
+def test_attentions_are_read_as_they_were_written_and_averaged_over_files(tmp_path):
+    images = tuple(tmp_path / f"{name}.png" for name in ("NA", "b", "c"))
+    cohort = Cohort(tmp_path, "generic", (Patient("007", images), Patient("NA", images[:1])), (), ())
+    weights = [np.array([0.25, 0.5, 0.25], np.float32), np.ones(1, np.float32)]
+    write_attentions(tmp_path / "1" / "a.csv", cohort, weights)
+    write_attentions(tmp_path / "2" / "a.csv", cohort.select(["007"]), [np.array([0.75, 0, 0.25], np.float32)])
+    both = [tmp_path / name / "a.csv" for name in "12"]
+    backwards = cohort.select(["NA", "007"])
+    for paths, expected in ((both[:1], weights[0]), (both, [0.5, 0.25, 0.25])):
+        one, three = mean_attentions(paths, backwards)
+        np.testing.assert_allclose(one, [1])
+        np.testing.assert_allclose(three, expected)
+
+
+def test_scores_of_a_label_name_it_and_wide_pictures_are_moved_on_narrow_screens(scored):
+    page = (scored[1] / "report.html").read_text()
+    assert (
+        "coverage, tumoral patients</th>" in page
+        and "referred, reactive patients</th>" in page
+        and "coverage 1" not in page
+    )
+    for found in re.finditer(r'width="(\d+)" style="min-width: (\d+)px"', page):
+        assert int(found[2]) == pytest.approx(int(found[1]) * 2 / 3, abs=1)
+    assert page.count('<div class="scroll" tabindex="0"><img') == page.count("<img") > 5
 
 
 def test_the_page_names_no_patient(scored, cohort_folder):

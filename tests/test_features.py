@@ -482,10 +482,12 @@ def test_a_cache_of_an_encoder_that_learns_is_refused_before_anything_is_written
 # --- lymph features -----------------------------------------------------------------------------------------
 
 
-def test_build_by_run_or_by_encoder(trained_run, cohort_folder, encoded, tmp_path):
+def test_build_by_run_or_by_encoder(trained_run, cohort_folder, encoded, tmp_path, caplog):
     cache = str(tmp_path / "cache")
     data, cpu = CohortOptions(data=str(cohort_folder)), InferenceOptions(cpu=True)
-    by_run = build(data, FeatureBuildOptions(feature_cache=cache, run=str(trained_run)), cpu)
+    with caplog.at_level("INFO", logger="lymph_hf"):
+        by_run = build(data, FeatureBuildOptions(feature_cache=cache, run=str(trained_run)), cpu)
+    assert scan_images(read_cohort(cohort_folder), progress=False).summary() in caplog.messages
     assert len(by_run) == 14
     weights = str(trained_run / "lymph-mil")
     by_name = FeatureBuildOptions(feature_cache=cache, encoder="test_vit", encoder_weights=weights, image_size=32)

@@ -98,11 +98,14 @@ def test_evaluation_has_the_vote_beside_the_network(voted, cohort_folder, tmp_pa
         assert low <= high
 
 
-def test_a_classifier_that_knows_the_validation_patients_is_refused(trained_run, cohort_folder, tmp_path):
+def test_a_classifier_that_knows_the_validation_patients_is_refused(trained_run, cohort_folder, tmp_path, caplog):
     known = cell_stage(cohort_folder, tmp_path / "cells", split="none")
     run = shutil.copytree(trained_run, tmp_path / "run")
-    with pytest.raises(LineageError, match="validation and test patients"):
+    refused = pytest.raises(LineageError, match="validation and test patients")
+    with refused, caplog.at_level("INFO", logger="lymph_hf"):
+        caplog.clear()
         image_vote(CohortOptions(data=str(cohort_folder)), ImageVoteOptions(run=str(run), classifier=known), CPU)
+    assert scan_images(read_cohort(cohort_folder), progress=False).summary() in caplog.messages
     assert not (run / "image-vote").exists()
 
 

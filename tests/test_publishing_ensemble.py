@@ -25,7 +25,7 @@ from lymph_hf.golden import golden_answers, golden_cells, golden_problems
 from lymph_hf.hub_push import PublishError
 from lymph_hf.options import CohortOptions, EvaluateOptions, InferenceOptions
 from lymph_hf.options_crossval import CrossvalOptions
-from lymph_hf.publication_checks import folder_problems, run_identifiers
+from lymph_hf.publication_checks import PICTURES, folder_problems, run_identifiers
 from lymph_hf.publishing import publish
 from lymph_hf.publishing_code import load_published, outdated_code
 from lymph_hf.publishing_model import stage_run
@@ -99,6 +99,17 @@ def test_the_folder_passes_every_check_and_keeps_its_answers(folds, staged):
     assert golden_problems(staged) == outdated_code(staged) == []
     assert {"modeling_ensemble.py", "configuration_ensemble.py", "crossval.png"} <= {p.name for p in staged.iterdir()}
     assert not [path for path in staged.iterdir() if path.suffix == ".csv"]
+    assert [path.name for path in staged.rglob("*") if path.suffix in PICTURES] == ["crossval.png"]
+
+
+def test_pictures_and_weights_of_cells_stay_at_home(folds, staged):
+    """They are there, and nothing that leaves holds them, under whatever name."""
+    (cells,) = folds.rglob("cells.png")
+    at_home = [cells, cells.with_suffix(".csv"), folds / "report.html", *folds.rglob("attentions.csv")]
+    assert len(at_home) == 5
+    sent = {path.read_bytes() for path in staged.rglob("*") if path.is_file()}
+    assert not sent & {path.read_bytes() for path in at_home}
+    assert "image/png" not in (staged / "README.md").read_text()
 
 
 def test_each_member_reproduces_what_it_said_of_its_fold(folds, cohort_folder, tmp_path):

@@ -95,9 +95,11 @@ def test_the_second_stage_starts_from_the_first(finished):
     assert settings["encoder_weights"] == str(finished / "cells" / "encoder")
 
 
-def test_finished_stages_are_skipped(finished, cohort_folder, tmp_path, counted):
+def test_finished_stages_are_skipped(finished, cohort_folder, tmp_path, counted, caplog):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("model.safetensors")}
-    run(tmp_path, content(cohort_folder, finished))
+    with caplog.at_level("INFO", logger="lymph_hf"):
+        run(tmp_path, content(cohort_folder, finished))
+    assert scan_images(read_cohort(cohort_folder), progress=False).summary() in caplog.messages
     assert counted == []
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("model.safetensors")}
 

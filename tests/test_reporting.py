@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from lymph_hf import reporting
-from lymph_hf.metrics import Interval, bootstrap_intervals
+from lymph_hf.metrics import Bootstrap, Interval, bootstrap_intervals
 from lymph_hf.reporting import cohort_figure, evaluation_figure, gallery, history_figure, scores_table
 
 
@@ -194,6 +194,20 @@ def test_evaluation_figure_shows_counts_scores_and_threshold(classes, tmp_path, 
     assert overlapping_texts(saved[0]) == []
 
 
+def test_the_band_is_of_the_bootstrap_that_was_asked_for(tmp_path, saved):
+    labels, probabilities = predictions(2)
+    intervals = bootstrap_intervals(labels, probabilities, resamples=20)
+    options = {"threshold": 0.5, "label_names": ["a", "b"], "intervals": intervals}
+    for bootstrap in (Bootstrap(1), Bootstrap(200)):
+        evaluation_figure(labels, probabilities, tmp_path / "e.png", bootstrap=bootstrap, **options)
+    heights = []
+    for figure in saved:
+        band = panel(figure, "ROC curve").collections[0].get_paths()[0].vertices
+        heights.append(np.ptp(band[np.abs(band[:, 0] - 0.3) < 1e-6, 1]))
+    assert heights[0] == 0 < heights[1], "one resample has no width"
+    assert "Reliability, 6 patients per dot" in texts(saved[0])
+
+
 def test_both_forms_of_two_class_probabilities_draw_the_same(tmp_path):
     labels, probabilities = predictions(2)
     intervals = bootstrap_intervals(labels, probabilities, resamples=20)
@@ -281,6 +295,13 @@ def test_gallery_keeps_proportions_and_captions(tmp_path, saved):
     assert "Batch: n = 3" in shown
     assert "first line\nsecond" in shown
     assert overlapping_texts(saved[0]) == []
+
+
+def test_gallery_leaves_a_square_empty(tmp_path, saved):
+    gallery([coloured("red"), None, coloured("blue")], ["a", "", "b"], tmp_path / "g.png", columns=2)
+    first, second = (image.get_extent() for image in saved[0].axes[0].images)
+    assert first[0] == second[0] and first[2] < second[2], "the second is below the first"
+    assert "n = 2" in texts(saved[0])
 
 
 @pytest.mark.parametrize(("images", "captions", "columns"), [(0, 0, 8), (2, 1, 8), (1, 1, 0)])
