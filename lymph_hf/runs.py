@@ -111,7 +111,9 @@ class Run:
         return lock
 
     def _compare(self, settings: dict[str, Any]) -> None:
-        saved = json.loads(self.settings.read_text())
+        # What only a later version knows is no change as long as it is off.
+        off = {name: value for name, value in settings.items() if not value}
+        saved = off | json.loads(self.settings.read_text())
         names = sorted((saved.keys() | settings.keys()) - FREE_ON_RESUME)
         changed = [f"{n}: {saved.get(n)!r} -> {settings.get(n)!r}" for n in names if saved.get(n) != settings.get(n)]
         if changed:
