@@ -5,7 +5,9 @@ ours is faster or smaller: of times, the median over rounds of the ratio within 
 the machine falls on both. Memory is what a forward pass keeps for the backward pass. Needs
 `pip install '.[bench]'`; without torchmil only our own figures are printed.
 
-What differs: torchmil has one logit and binary cross-entropy, ours two logits and cross-entropy. Its CLAM has the
+What differs: torchmil has one logit and binary cross-entropy, ours two logits and cross-entropy. Its mean and maximum
+are layers, to which the classifier of its models is added; they give no weights of the cells, and a NaN in the padding
+spoils its mean: ours gives weights, selects the cells and checks the bags, which small bags feel. Its CLAM has the
 smooth SVM and out-of-class losses, and so has ours here. Its DSMIL attends to one critical cell, ours to one for each
 of two labels; its values pass a ReLU, ours are linear, which lets us project after summing (with `nonlinear_v=False`
 torchmil projects no values at all, which is another model). Its DTFD has plain attention; it gets the gated class of
@@ -30,7 +32,7 @@ from lymph_hf.pooling import POOLERS, build_pooler
 
 try:
     import torchmil.models as torchmil
-    from torchmil.nn import AttentionPool
+    from torchmil.nn import AttentionPool, MaxPool, MeanPool
 except ImportError:
     torchmil = None
 
@@ -60,12 +62,27 @@ def self_attention() -> nn.Module:
     return model
 
 
+class SimplePool(nn.Module):
+    """torchmil's mean or max pooling with the linear classifier and the loss of its models."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.pool = pool
+        self.classifier = nn.Linear(WIDTH, 1)
+
+    def compute_loss(self, labels: torch.Tensor, x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        logits = self.classifier(self.pool(x, mask)).squeeze(-1)
+        return logits, {"loss": F.binary_cross_entropy_with_logits(logits, labels.float())}
+
+
 def pairs() -> dict[str, tuple[dict, Callable[[], nn.Module] | None]]:
     """Our options, and the class of torchmil with the same sizes where there is one."""
     shape = (WIDTH,)
     found: dict[str, tuple[dict, Callable[[], nn.Module] | None]] = {name: ({}, None) for name in POOLERS}
     if torchmil is not None:
         found |= {
+            "mean": ({}, lambda: SimplePool(MeanPool())),
+            "max": ({}, lambda: SimplePool(MaxPool())),
             "attention": ({}, lambda: torchmil.ABMIL(shape, att_dim=128)),
             "gated_attention": ({}, lambda: torchmil.ABMIL(shape, att_dim=128, gated=True)),
             "self_attention": (

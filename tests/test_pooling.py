@@ -15,6 +15,7 @@ ALL = pytest.mark.parametrize("case", POOLER_CASES)
 SIZES = (7, 1, 4, 10, 2)
 LABELS = torch.tensor([0, 1, 2, 0, 1])
 RAGGED = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+EXPORTED = ["max", "instance_logits", "gated_attention", "top_k", "clam_mb", "dsmil", "dtfd", "transmil/landmarks"]
 few_examples = settings(max_examples=10, deadline=None, derandomize=True)
 
 
@@ -191,7 +192,9 @@ def test_same_seed_same_numbers(case):
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("case", ["gated_attention", "top_k", "dsmil", "dtfd", "transmil/landmarks"])
+@pytest.mark.parametrize(
+    "case", ["max", "instance_logits", "gated_attention", "top_k", "clam_mb", "dsmil", "dtfd", "transmil/landmarks"]
+)
 def test_exported_graph_honours_the_mask(case):
     """The poolings with steps that depend on the size of bag or batch, exported for any size."""
     pooler = make_pooler(case)
@@ -220,8 +223,42 @@ def test_packing_round_trip():
 def test_nothing_is_moved_where_nothing_is_padded():
     x, mask = make_batch((4, 4))
     cells = RealCells(mask)
-    assert cells.pack(x) is x
-    assert cells.pad(x) is x
+    packed = cells.pack(x)
+    assert packed.data_ptr() == cells.pad(packed).data_ptr() == x.data_ptr()
+    assert torch.equal(cells.pad(packed), x)
+
+
+@given(sizes=RAGGED, extra=st.integers(0, 3), seed=st.integers(0, 99))
+@few_examples
+def test_packed_cells_are_taken_and_summed_as_padded_ones(sizes, extra, seed):
+    x, mask, _ = shuffled(*make_batch(sizes, extra=extra, seed=seed), seed)
+    x = torch.where(mask.unsqueeze(-1), x, 0)
+    cells = RealCells(mask)
+    packed = cells.pack(x)
+    weights = x[..., :3].transpose(1, 2).contiguous()  # (B, 3, N)
+    assert_close(cells.weighted_sum(weights, packed), weights @ x)
+    assert_close(cells.weighted_sum(weights[:, 0], packed), (weights @ x)[:, 0])
+    real = mask.double().argsort(dim=1, descending=True)[:, : min(sizes)]  # as many real positions of each bag
+    assert torch.equal(cells.take(packed, real), x.take_along_dim(real.unsqueeze(-1), dim=1))
+    every = torch.arange(mask.shape[1]).expand_as(mask)
+    assert cells.take(packed, every.unsqueeze(1)).shape == (len(sizes), 1, *x.shape[1:])  # padding too, whatever it is
+
+
+@ALL
+def test_a_bag_learns_the_same_alone_and_padded(case):
+    """A bag without padding, a padded one, and one among others each take a path of their own."""
+    pooler = make_pooler(case)
+    x, mask = make_batch((5, 3), extra=2)
+    results = []
+    for bags, cells in ((1, 5), (1, 7), (2, 7)):
+        leaf = x[:bags, :cells].clone().requires_grad_()
+        embedding, weights, loss = pooler.pool(leaf, mask[:bags, :cells], LABELS[:bags])
+        loss = 0 if loss is None else bags * loss - (pooler.pool(x[1:2], mask[1:2], LABELS[1:2])[2] if bags == 2 else 0)
+        (embedding[0].square().sum() + weights[0].square().sum() + loss).backward()
+        results.append(leaf.grad[0, :5])
+        assert torch.equal(leaf.detach().nan_to_num(9), x[:bags, :cells].nan_to_num(9))  # nothing is done in place
+    assert_close(results[1], results[0])
+    assert_close(results[2], results[0])
 
 
 @pytest.mark.parametrize(
