@@ -207,7 +207,7 @@ class CellDataset(torch.utils.data.Dataset):
 
     def _fill(self, pixels: torch.Tensor, rows: Sequence[int], generators: Sequence[torch.Generator]) -> None:
         """Make the inputs of some rows in (n, 3, H, W) float32."""
-        cells = self._decoded(rows) if self.pixels is None else self.pixels[rows]
+        cells = self._decoded(rows) if self.pixels is None else self.pixels.index_select(0, torch.tensor(rows))
         if self.augmentation is None:
             pixels.copy_(cells)
         else:
