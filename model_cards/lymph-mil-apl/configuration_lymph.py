@@ -28,6 +28,10 @@ class LymphMILConfig(PreTrainedConfig):
         image_size (`int`, *optional*):
             Side of the square input in pixels; at least 16, and a multiple of a transformer's patch. `None` takes
             timm's size for the encoder, which is 518 for DINOv2: pass 224 there unless the images are larger.
+        standardize_cells (`bool`, defaults to `False`):
+            Whether each feature of the encoder is brought to mean 0 and standard deviation 1 before the pooling, by
+            statistics of the training patients that are saved with the weights. For a frozen encoder; without
+            statistics it changes nothing.
         pooling (`str`, defaults to `"gated_attention"`): A name in `POOLERS`.
         pooling_options (`dict`, *optional*): Keyword arguments of that pooler.
         fusion (`str`, defaults to `"concat"`): A name in `FUSERS`; `"none"` ignores the clinical values.
@@ -78,6 +82,7 @@ class LymphMILConfig(PreTrainedConfig):
     encoder: str = "vit_tiny_patch16_224"
     encoder_options: dict[str, Any] | None = None
     image_size: int | None = None
+    standardize_cells: bool = False
     pooling: str = "gated_attention"
     pooling_options: dict[str, Any] | None = None
     fusion: str = "concat"

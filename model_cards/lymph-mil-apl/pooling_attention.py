@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .pooling_base import Pooled, Pooler, RealCells, check_at_least, check_fraction, masked_softmax, weighted_sum
+from .pooling_base import Pooled, Pooler, RealCells, check_at_least, check_fraction, masked_softmax
 
 
 class AttentionScores(nn.Module):
@@ -69,8 +69,9 @@ class AttentionPooler(Pooler):
 
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
         cells = RealCells(mask)
-        weights = masked_softmax(cells.pad(self.scores(cells.pack(x))).squeeze(-1), mask)
-        return weighted_sum(weights, x), weights, None
+        packed = cells.pack(x)
+        weights = masked_softmax(cells.pad(self.scores(packed)).squeeze(-1), mask)
+        return cells.weighted_sum(weights, packed), weights, None
 
 
 class GatedAttentionPooler(AttentionPooler):

@@ -65,10 +65,13 @@ class Pooler(nn.Module):
             ValueError: shapes or labels that do not fit, or an empty bag.
         """
         self._check(x, mask, labels)
-        return self._pool(fill_padding(x, mask), mask, labels)
+        return self._pool(x, mask, labels)
 
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
-        """The method itself; `x` is 0 on padding and every bag holds at least one cell."""
+        """The method itself; every bag holds at least one cell.
+
+        Anything may stand in the padding of `x`: take the cells by `RealCells` or `fill_padding`.
+        """
         raise NotImplementedError
 
     def _check(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> None:
@@ -117,17 +120,21 @@ def check_bags(mask: Tensor, names: Sequence[str] | None = None) -> None:
         raise ValueError(f"mask must have shape (bags, cells) with at least one bag, got {tuple(mask.shape)}")
     if is_traced():
         return
-    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
-    if empty:
+    filled = mask.any(dim=1)
+    if not filled.all():
+        empty = (~filled).nonzero().flatten().tolist()
         who = ", ".join(f"{index} (patient {names[index]})" if names else str(index) for index in empty)
         raise ValueError(f"empty bag at index {who}: the mask holds no real cell; leave such patients out of the batch")
 
 
 def fill_padding(x: Tensor, mask: Tensor, value: float = 0.0) -> Tensor:
     """Cells `(B, N, D)` with `value` on padding, whatever stood there, NaN and infinity included."""
+    if is_traced():
+        return x.masked_fill(~mask.unsqueeze(-1), value)
     if is_unpadded(mask):
         return x
-    return x.masked_fill(~mask.unsqueeze(-1), value)
+    padding = (~mask).flatten().nonzero().squeeze(1)  # a mask broadcast over D takes twice as long
+    return x.flatten(0, 1).index_fill(0, padding, value).unflatten(0, mask.shape)
 
 
 def is_unpadded(mask: Tensor) -> bool:
@@ -139,32 +146,57 @@ class RealCells:
     """The real cells of a batch side by side, for layers that look at one cell at a time.
 
     Such layers then cost what the cells cost, whatever the padding. Nothing is moved where nothing is padded,
-    nor while tracing, when the number of cells is not known; both methods then return their argument.
+    nor while tracing, when the number of cells is not known: n is then B N, and `x` is viewed as `(n, D)`.
 
     Args:
         mask: `(B, N)` bool, True = a real cell.
 
     Attributes:
         mask: as given.
-        counts: real cells of each bag, or None where nothing is moved.
+        index: where the real cells stand in the flattened batch `(n,)`, or None where nothing is moved.
     """
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
         moved = not (is_traced() or is_unpadded(mask))
         self.index = mask.flatten().nonzero().squeeze(1) if moved else None
-        self.counts = mask.sum(dim=1).tolist() if moved else None
 
     def pack(self, x: Tensor) -> Tensor:
-        """Padded `(B, N, ...)` -> real cells `(n, ...)`, bag by bag."""
-        return x if self.index is None else x.flatten(0, 1).index_select(0, self.index)
+        """Padded `(B, N, D)` -> real cells `(n, D)`, bag by bag; where padding has to stay, it is 0."""
+        if self.index is None:
+            return fill_padding(x, self.mask).flatten(0, 1)
+        return x.flatten(0, 1).index_select(0, self.index)
 
     def pad(self, cells: Tensor) -> Tensor:
-        """Real cells `(n, ...)` -> padded `(B, N, ...)`, 0 on padding."""
-        if self.index is None:
-            return cells
-        padded = cells.new_zeros(self.mask.numel(), *cells.shape[1:])
-        return padded.index_copy_(0, self.index, cells).unflatten(0, self.mask.shape)
+        """Real cells `(n, ...)` -> padded `(B, N, ...)`, 0 on padding wherever it was left out."""
+        if self.index is not None:
+            padded = cells.new_zeros(self.mask.numel(), *cells.shape[1:])
+            cells = padded.index_add_(0, self.index, cells)  # faster than index_copy_
+        return cells.unflatten(0, self.mask.shape)
+
+    def take(self, cells: Tensor, positions: Tensor) -> Tensor:
+        """Those of the real cells `(n, D)` at `positions (B, ...)` in their bags -> `(B, ..., D)`.
+
+        At a position of padding some real cell is taken, which the caller must not count.
+        """
+        bags, length = self.mask.shape
+        starts = torch.arange(bags, device=positions.device) * length
+        rows = positions.flatten() + starts.repeat_interleave(positions.numel() // bags)
+        if self.index is not None:
+            rows = (self.mask.flatten().cumsum(0) - 1).clamp(min=0)[rows]
+        return cells.index_select(0, rows).unflatten(0, positions.shape)
+
+    def weighted_sum(self, weights: Tensor, cells: Tensor) -> Tensor:
+        """Weights `(B, N)` or `(B, K, N)`, real cells `(n, D)` -> `(B, D)` or `(B, K, D)`, see `weighted_sum`."""
+        if is_traced() or self.index is not None or len(self.mask) > 1:
+            return weighted_sum(weights, self.pad(cells))
+        # As a plain product its gradient is no view, and others are added to it in place: 10,000 cells are large.
+        rows = weights.flatten(0, -2).to(cells.dtype)  # (1, N) or (K, N)
+        return (rows @ cells).unflatten(0, weights.shape[:-1])
+
+    def split(self, cells: Tensor) -> tuple[Tensor, ...]:
+        """Real cells `(n, ...)` that were moved -> those of each bag."""
+        return cells.split(self.mask.sum(dim=1).tolist())
 
 
 def masked_softmax(scores: Tensor, mask: Tensor, dim: int = -1) -> Tensor:

@@ -13,7 +13,6 @@ from .pooling_base import (
     check_fraction,
     fill_padding,
     masked_softmax,
-    weighted_sum,
 )
 
 
@@ -72,7 +71,7 @@ class DSMILPooler(Pooler):
         scores = (queries @ queries[bags, critical].mT).mT * queries.shape[-1] ** -0.5  # (B, C, N)
         attention = masked_softmax(scores, mask.unsqueeze(1))
         # V is affine and a label's weights sum to 1: sum_i a_ci V x_i = V sum_i a_ci x_i, of C rows, not N.
-        embedding = self.value(weighted_sum(attention, self.dropout(x))).flatten(1)
+        embedding = self.value(cells.weighted_sum(attention, self.dropout(packed))).flatten(1)
         loss = None
         if labels is not None and self.auxiliary_weight > 0:
             loss = self.auxiliary_weight * F.cross_entropy(at_least_float32(highest), labels)

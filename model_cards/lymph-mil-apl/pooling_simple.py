@@ -81,10 +81,12 @@ class MaxPooler(Pooler):
         return embedding, self._shares(filled.detach(), embedding.detach()), None
 
     def _shares(self, filled: Tensor, embedding: Tensor) -> Tensor:
-        wins = filled == embedding.unsqueeze(1)  # (B, N, D)
-        per_win = 1 / (wins.sum(dim=1).to(torch.promote_types(filled.dtype, torch.float32)) * self.input_size)
+        dtype = torch.promote_types(filled.dtype, torch.float32)
+        # 0 and 1 in the dtype of the cells: booleans are slow to add up and to convert.
+        wins = torch.eq(filled, embedding.unsqueeze(1), out=torch.empty_like(filled))  # (B, N, D)
+        per_win = 1 / (wins.sum(dim=1, dtype=dtype) * self.input_size)
         with torch.autocast(filled.device.type, enabled=False):
-            return (wins.to(per_win.dtype) @ per_win.unsqueeze(-1)).squeeze(-1)
+            return weighted_sum(per_win, wins.to(dtype).mT)
 
 
 class LogSumExpPooler(Pooler):
@@ -137,10 +139,11 @@ class TopKPooler(Pooler):
 
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
         cells = RealCells(mask)
-        scores = cells.pad(self.scores(cells.pack(x))).squeeze(-1).masked_fill(~mask, -torch.inf)  # (B, N)
+        packed = cells.pack(x)
+        scores = cells.pad(self.scores(packed)).squeeze(-1).masked_fill(~mask, -torch.inf)  # (B, N)
         kth = scores.detach().topk(min(self.k, scores.shape[1]), dim=1).values[:, -1:]  # -inf in smaller bags
         weights = masked_softmax(scores, mask & (scores >= kth))
-        return weighted_sum(weights, x), weights, None
+        return cells.weighted_sum(weights, packed), weights, None
 
 
 class InstanceLogitsPooler(Pooler):
@@ -179,7 +182,8 @@ class InstanceLogitsPooler(Pooler):
         self.output_size = num_labels
 
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
-        logits = self.classifier(x)  # (B, N, C)
+        cells = RealCells(mask)
+        logits = cells.pad(self.classifier(cells.pack(x)))  # (B, N, C)
         bag_logits = self.aggregate(logits, mask).to(logits.dtype)  # (B, C)
         favoured = bag_logits.argmax(dim=-1)[:, None, None].expand(-1, logits.shape[1], 1)
         weights = at_least_float32(logits).softmax(dim=-1).gather(2, favoured).squeeze(-1).masked_fill(~mask, 0)

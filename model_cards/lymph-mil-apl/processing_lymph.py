@@ -229,9 +229,14 @@ class LymphImageProcessor(TorchvisionBackend):
             images, do_rescale=False, do_normalize=False, return_tensors="pt", input_data_format="channels_first"
         ).pixel_values
 
-    def normalize_cells(self, cells: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) of 0..255, uint8 or float -> float32 with the encoder's mean and standard deviation."""
-        return self.rescale_and_normalize(cells, True, self.rescale_factor, True, self.image_mean, self.image_std)
+    def normalize_cells(self, cells: torch.Tensor, *, inplace: bool = False) -> torch.Tensor:
+        """(N, 3, H, W) of 0..255, uint8 or float -> float32 with the encoder's mean and standard deviation.
+
+        Args:
+            inplace: overwrite `cells`, which have to be float32 then.
+        """
+        values = torch.tensor([self.image_mean, self.image_std], device=cells.device) * (1 / self.rescale_factor)
+        return self.normalize(cells.float(), *values, inplace=inplace or cells.dtype != torch.float32)
 
     def _clinical(self, clinical, bags: int) -> torch.Tensor:
         rows = [{}] * bags if clinical is None else [clinical] if isinstance(clinical, Mapping) else list(clinical)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .encoder_attention import trained_attention
+from .encoder_gradients import faster_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def _for_training(encoder: nn.Module, device: torch.device) -> Encoder:
     """The encoder as it runs on each chunk, kept or not."""
 
     def encode(chunk: torch.Tensor) -> torch.Tensor:
-        with _Autocast(device).entered(), trained_attention(encoder, device):
+        with _Autocast(device).entered(), faster_gradients(encoder, device):
             return encoder(chunk)
 
     return encode

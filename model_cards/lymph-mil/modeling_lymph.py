@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_lymph import LymphMILConfig
+from .encoder_standardizer import CellStandardizer
 from .encoders import build_encoder, embedding_size, encode_cells
 from .fusion import build_fuser
 from .modeling_adapters import AdapterLoading
@@ -23,7 +24,7 @@ class LymphMILModelOutput(ModelOutput):
     Attributes:
         bag_embedding: (B, E), the patient.
         attentions: (B, N), the weight of each cell, 0 on padding; sums to 1 where the pooling is an attention.
-        cell_embeddings: (B, N, D), zeros on padding.
+        cell_embeddings: (B, N, D), as the encoder gives them; zeros on padding.
         auxiliary_loss: scalar, the pooling's own loss (CLAM, DSMIL, DTFD ...) when labels were given.
     """
 
@@ -115,6 +116,7 @@ class LymphMILModel(LymphMILPreTrainedModel):
         super().__init__(config)
         self.encoder = build_encoder(config)
         width = embedding_size(self.encoder)
+        self.standardizer = CellStandardizer(width) if config.standardize_cells else None
         # A regression model has one output but poolings with class-wise parts need at least two classes.
         labels = max(2, config.num_labels)
         self.pooler = build_pooler(config.pooling, width, num_labels=labels, **(config.pooling_options or {}))
@@ -158,6 +160,7 @@ class LymphMILModel(LymphMILPreTrainedModel):
         # The mean has no parameters, and an encoder may have been taken out: then the embeddings keep their precision.
         own = (parameter.dtype for parameter in self.parameters())
         cell_embeddings = cell_embeddings.to(next(own, cell_embeddings.dtype))
+        cells = cell_embeddings if self.standardizer is None else self.standardizer(cell_embeddings)
         auxiliary_losses = []
 
         def pool(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +171,7 @@ class LymphMILModel(LymphMILPreTrainedModel):
 
         is_attention = self.pooler is None or self.pooler.is_attention
         with _without_autocast(cell_embeddings):
-            bag_embedding, attentions = self.fuser(cell_embeddings, bag_mask, clinical, pool, is_attention=is_attention)
+            bag_embedding, attentions = self.fuser(cells, bag_mask, clinical, pool, is_attention=is_attention)
         return LymphMILModelOutput(
             bag_embedding=bag_embedding,
             attentions=attentions,

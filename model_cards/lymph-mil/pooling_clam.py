@@ -15,7 +15,6 @@ from .pooling_base import (
     check_fraction,
     masked_softmax,
     mean_over_bags,
-    weighted_sum,
 )
 
 
@@ -81,16 +80,16 @@ class ClamSinglePooler(Pooler):
         cells = RealCells(mask)
         hidden = self.embed(cells.pack(x))
         scores = cells.pad(self.scores(hidden)).transpose(1, 2)  # (B, branches, N)
-        hidden = cells.pad(hidden)  # (B, N, W)
         attention = masked_softmax(scores, mask.unsqueeze(1))
-        embedding = weighted_sum(attention, hidden).flatten(1)
+        embedding = cells.weighted_sum(attention, hidden).flatten(1)
         loss = None
         if labels is not None and self.auxiliary_weight > 0:
-            loss = self.auxiliary_weight * self._instance_loss(hidden, scores, mask, labels)
+            loss = self.auxiliary_weight * self._instance_loss(hidden, scores, cells, labels)
         return embedding, attention.mean(dim=1), loss
 
-    def _instance_loss(self, hidden: Tensor, scores: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    def _instance_loss(self, hidden: Tensor, scores: Tensor, cells: RealCells, labels: Tensor) -> Tensor:
         """Mean over bags of each bag's mean over its pseudo-labelled cells."""
+        mask = cells.mask
         counts = mask.sum(dim=1, keepdim=True)  # (B, 1)
         scores = scores.detach().expand(-1, self.num_labels, -1)  # (B, C, N); the groups carry no gradient
         in_class = F.one_hot(labels, self.num_labels).bool().unsqueeze(-1)  # (B, C, 1)
@@ -99,13 +98,12 @@ class ClamSinglePooler(Pooler):
         lowest, is_bottom = extreme_cells(-scores, mask, self.k, counts // 2)
         target = torch.cat([in_class.expand_as(highest).long(), torch.zeros_like(lowest)], dim=-1)
         used = torch.cat([is_top & (in_class | self.out_of_class), is_bottom & in_class], dim=-1)
-        loss = self._cell_loss(hidden, torch.cat([highest, lowest], dim=-1), target)  # (B, C, 2k)
+        loss = self._cell_loss(cells.take(hidden, torch.cat([highest, lowest], dim=-1)), target)  # (B, C, 2k)
         return mean_over_bags(loss.flatten(1), used.flatten(1))
 
-    def _cell_loss(self, hidden: Tensor, cells: Tensor, target: Tensor) -> Tensor:
-        """Loss of classifier c on its `cells (B, C, k)` (indices) with `target (B, C, k)` -> `(B, C, k)`."""
-        bags = torch.arange(hidden.shape[0], device=hidden.device)[:, None, None]
-        logits = self.instance_classifiers(hidden[bags, cells]).unflatten(-1, (-1, 2))  # (B, C, k, C, 2)
+    def _cell_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Loss of classifier c on its cells `hidden (B, C, k, W)` with `target (B, C, k)` -> `(B, C, k)`."""
+        logits = self.instance_classifiers(hidden).unflatten(-1, (-1, 2))  # (B, C, k, C, 2)
         own = torch.arange(self.num_labels, device=hidden.device)
         logits = at_least_float32(logits[:, own, :, own]).transpose(0, 1)  # (B, C, k, 2)
         logits = logits + self.margin * (1 - F.one_hot(target, 2))

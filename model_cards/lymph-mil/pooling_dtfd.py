@@ -72,12 +72,11 @@ class DTFDPooler(Pooler):
         cells = RealCells(mask)
         hidden = self.embed(cells.pack(x))
         scores = cells.pad(self.scores(hidden)).squeeze(-1)  # (B, N)
-        hidden = cells.pad(hidden)  # (B, N, W)
         member = deal(torch.rand_like(at_least_float32(scores)) if self.training else scores, mask, self.pseudo_bags)
         present = member.any(dim=-1)  # (B, M)
         # An absent pseudo-bag would be a softmax over nothing; it reads the whole bag and is dropped below.
         within = masked_softmax(scores.unsqueeze(1), member | (mask.unsqueeze(1) & ~present.unsqueeze(-1)))  # (B, M, N)
-        features = weighted_sum(within, hidden)  # (B, M, W)
+        features = cells.weighted_sum(within, hidden)  # (B, M, W)
         among = masked_softmax(self.bag_scores(features).squeeze(-1), present)  # (B, M)
         weights = (among.unsqueeze(-1) * within).sum(dim=1)  # (B, N)
         loss = None
@@ -93,6 +92,7 @@ class DTFDPooler(Pooler):
 
 def deal(ranking: Tensor, mask: Tensor, hands: int) -> Tensor:
     """Deal real cells in the order of `ranking (B, N)` to pseudo-bags in turn: members `(B, hands, N)`."""
-    rank = ranking.detach().masked_fill(~mask, torch.inf).argsort(dim=1).argsort(dim=1)
-    hand = rank % hands
+    order = ranking.detach().masked_fill(~mask, torch.inf).argsort(dim=1)
+    turns = torch.arange(order.shape[1], device=order.device) % hands
+    hand = torch.empty_like(order).scatter_(1, order, turns.expand_as(order))
     return (hand.unsqueeze(1) == torch.arange(hands, device=hand.device)[:, None]) & mask.unsqueeze(1)

@@ -14,7 +14,6 @@ from .pooling_base import (
     check_choice,
     masked_softmax,
     uniform_weights,
-    weighted_sum,
 )
 from .pooling_layers import AttentionBlock, LearntTokens
 
@@ -82,12 +81,11 @@ class SelfAttentionPooler(TransformerPooler):
         for block in self.blocks:
             packed = block.among(packed, cells)
         packed = self.norm(packed)
-        hidden = cells.pad(packed)
         if self.scores is None:
-            weights = uniform_weights(mask, hidden.dtype)
+            weights = uniform_weights(mask, packed.dtype)
         else:
             weights = masked_softmax(cells.pad(self.scores(packed)).squeeze(-1), mask)
-        return weighted_sum(weights, hidden), weights, None
+        return cells.weighted_sum(weights, packed), weights, None
 
 
 class TransMILPooler(TransformerPooler):
@@ -123,7 +121,9 @@ class TransMILPooler(TransformerPooler):
         self.reader = self.block(cross=True)
 
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
-        hidden = torch.cat([self.token(x.shape[0]), self.embed(x).relu()], dim=1)  # (B, 1 + N, W)
+        cells = RealCells(mask)
+        embedded = cells.pad(self.embed(cells.pack(x)).relu_())
+        hidden = torch.cat([self.token(x.shape[0]), embedded], dim=1)  # (B, 1 + N, W)
         hidden = self._contextualise(hidden, torch.cat([mask.new_ones(mask.shape[0], 1), mask], dim=1))
         token, weights = self.reader.read(hidden[:, :1], mask, hidden[:, 1:])
         return self.norm(token).squeeze(1), weights.squeeze(1), None
@@ -186,7 +186,8 @@ class SetTransformerPooler(TransformerPooler):
         self.output_size = num_seeds * self.width
 
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
-        hidden = self.embed(x)  # (B, N, W)
+        cells = RealCells(mask)
+        hidden = cells.pad(self.embed(cells.pack(x)))  # (B, N, W)
         for points, gather, spread in zip(self.inducing, self.gather, self.spread, strict=True):
             summary = gather(points(x.shape[0]), mask, hidden)  # (B, M, W)
             hidden = spread(hidden, None, summary)
@@ -216,7 +217,9 @@ class PerceiverPooler(TransformerPooler):
         self.blocks = nn.ModuleList(self.block() for _ in range(num_layers))
 
     def _pool(self, x: Tensor, mask: Tensor, labels: Tensor | None) -> Pooled:
-        latents, weights = self.reader.read(self.latents(x.shape[0]), mask, self.embed(x))
+        cells = RealCells(mask)
+        hidden = cells.pad(self.embed(cells.pack(x)))  # (B, N, W)
+        latents, weights = self.reader.read(self.latents(x.shape[0]), mask, hidden)
         for block in self.blocks:
             latents = block(latents, None)
         return self.norm(latents).mean(dim=1), weights.mean(dim=1), None
