@@ -35,7 +35,7 @@ class FasterGradients(TorchFunctionMode):
       idle; plain matrix products, of as many images as the cache holds, take a third as long;
     - the weights' gradients of `F.linear` take a quarter: their products read both matrices against the grain, and
       take twice as long as the same product of the forward pass. To turn the narrower one round first costs less.
-      Sums over all tokens, the biases' gradients, are three times as fast as a product with ones.
+      The gradient of a bias, a sum over all tokens, comes three times as fast from a product with ones.
     """
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
