@@ -58,7 +58,7 @@ class Blend:
 
     @classmethod
     def choose(cls, labels: Sequence[int], network: np.ndarray, clinical: np.ndarray) -> Self:
-        """The weight of least log-loss, then the threshold of best balanced accuracy.
+        """The weight of least log-loss, then a threshold for balanced accuracy.
 
         Args:
             labels: (n,) of validation patients.
@@ -146,7 +146,7 @@ def score_rows(
 
 
 def frozen_threshold(labels: Sequence[int], probabilities: np.ndarray) -> float:
-    """The threshold of best balanced accuracy; 0.5 where it cannot be chosen: other than two labels, or one alone."""
+    """A threshold for balanced accuracy; 0.5 where it cannot be chosen: other than two labels, or one alone."""
     two = probabilities.shape[1] == 2 and len(set(labels)) == 2
     return choose_threshold(labels, probabilities) if two else 0.5
 

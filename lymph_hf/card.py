@@ -217,12 +217,12 @@ def _threshold_source(settings: Mapping[str, Any], cohort: Mapping[str, Any], co
         return "was set by hand before training"
     if config.get("members"):
         return (
-            f"the one with the best balanced accuracy on the {_fitted_on(config)} (scored above are the decisions of "
+            f"chosen for the balanced accuracy of the {_fitted_on(config)} (scored above are the decisions of "
             "the folds, each at the threshold of its own validation patients)"
         )
     if not cohort["patients"].get("validation"):
         return "the default, as there were no validation patients"
-    return f"the one with the best balanced accuracy on the {_fitted_on(config)}"
+    return f"chosen for the balanced accuracy of the {_fitted_on(config)}"
 
 
 def _scaling(config: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ def freeze_decisions(
         probabilities: (n, C) of the model.
         calibration: `temperature`, `platt`, `none`, or `auto`: Platt scaling of two labels that both occur, as class
             weights move the mean that only it can move back; else temperature scaling.
-        threshold: to freeze; `None` chooses the one with the best balanced accuracy.
+        threshold: to freeze; `None` chooses it for the best balanced accuracy.
         coverage: of the prediction sets; 0 fits none.
 
     Returns:

@@ -25,7 +25,7 @@ from .metrics_bootstrap import Bootstrap, Interval, bootstrap_weights
 from .metrics_calibration import ReliabilityBin, reliability_bins
 from .metrics_checks import Floats, Ints, check_predictions, check_probabilities, check_threshold, ratio
 from .metrics_curves import precision_recall_band, ranking, roc_band, roc_points
-from .metrics_decision import choose_threshold
+from .metrics_decision import best_threshold, choose_threshold
 
 __all__ = [
     "BINARY_SCORES",
@@ -33,6 +33,7 @@ __all__ = [
     "Bootstrap",
     "Interval",
     "ReliabilityBin",
+    "best_threshold",
     "bootstrap_intervals",
     "bootstrap_weights",
     "check_predictions",

@@ -18,18 +18,59 @@ from .metrics_curves import roc_counts, weight_by_distinct_value
 
 # Shares of whole patients that should be equal differ by rounding.
 _ROUNDING = 1e-9
+# A threshold of exactly 0 or 1 has no logit; single precision rounds to them within about 1e-7.
+_SMALLEST_PROBABILITY = 1e-6
+
+Criterion = Literal["balanced_accuracy", "accuracy"]
 
 
 # Threshold --------------------------------------------------------------------------------------------------
 
 
 def choose_threshold(
+    labels: ArrayLike, probabilities: ArrayLike, *, criterion: Criterion = "balanced_accuracy", resamples: int = 200
+) -> float:
+    """A decision threshold for new patients. Call it on validation patients only, then freeze it.
+
+    The best threshold of a few patients hangs on one or two of them, so it is bagged (Breiman, Machine Learning 24:123,
+    1996): the mean, as logits, of the best thresholds of resamples within each class. It depends neither on the order
+    of the patients nor on chance. Where a model tells next to nothing, the best thresholds lie at both ends and their
+    mean between them: if that is no better here than to call all patients alike, the best threshold is taken.
+
+    Args:
+        criterion: what a threshold is to maximise.
+        resamples: at least 1.
+
+    Raises:
+        ValueError: as `best_threshold`.
+
+    Example:
+        >>> round(choose_threshold([0, 0, 1, 1], [0.25, 0.5, 0.75, 0.875]), 2)
+        0.62
+    """
+    positive, ranked_by = both_classes(labels, probabilities, "a threshold")
+    rng = np.random.default_rng(0)
+    classes = [np.sort(ranked_by[positive == side]) for side in (False, True)]
+    sides = np.repeat([0, 1], [len(members) for members in classes])
+    found = []
+    for _ in range(resamples):
+        drawn = np.concatenate([rng.choice(members, len(members)) for members in classes])
+        found.append(best_threshold(sides, drawn, criterion=criterion))
+    bagged = float(expit(np.mean(logit(np.clip(found, _SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY)))))
+    above = [np.count_nonzero(members >= bagged) for members in classes]
+    sizes = [len(members) for members in classes]
+    reached = _merit(above[1], sizes[0] - above[0], sizes, criterion)
+    alike = max(_merit(0, sizes[0], sizes, criterion), _merit(sizes[1], 0, sizes, criterion))
+    return bagged if reached > alike else best_threshold(labels, probabilities, criterion=criterion)
+
+
+def best_threshold(
     labels: ArrayLike,
     probabilities: ArrayLike,
     *,
-    criterion: Literal["balanced_accuracy", "accuracy"] = "balanced_accuracy",
+    criterion: Criterion = "balanced_accuracy",
 ) -> float:
-    """The decision threshold that maximises `criterion`. Call it on validation patients only, then freeze it.
+    """The threshold that maximises `criterion` on these patients; for others take `choose_threshold`.
 
     Candidates are the midpoints between consecutive distinct probabilities; among equally good ones the
     nearest to 0.5 wins, then the lower one. A model that gives every patient the same probability has no
@@ -39,20 +80,14 @@ def choose_threshold(
         ValueError: as `metrics.score`; not two classes, patients of one class only, unknown criterion.
 
     Example:
-        >>> choose_threshold([0, 0, 1, 1], [0.25, 0.5, 0.75, 0.875])
+        >>> best_threshold([0, 0, 1, 1], [0.25, 0.5, 0.75, 0.875])
         0.625
     """
     positive, ranked_by = both_classes(labels, probabilities, "a threshold")
     positives, negatives = weight_by_distinct_value(positive, ranked_by, np.ones((1, len(positive))))
     true_positives = positives[0].cumsum()[:-1]  # deciding class 1 above each gap between distinct values
     true_negatives = negatives[0].sum() - negatives[0].cumsum()[:-1]
-    # Whole numbers, so that candidates that are equally good compare equal.
-    if criterion == "balanced_accuracy":
-        merit = true_positives * negatives.sum() + true_negatives * positives.sum()
-    elif criterion == "accuracy":
-        merit = true_positives + true_negatives
-    else:
-        raise ValueError(f"criterion must be 'balanced_accuracy' or 'accuracy', got {criterion!r}")
+    merit = _merit(true_positives, true_negatives, (negatives.sum(), positives.sum()), criterion)
     if len(merit) == 0:
         return 0.5
     distinct = np.unique(ranked_by)
@@ -63,6 +98,22 @@ def choose_threshold(
     midpoints = np.where(midpoints > lower, midpoints, upper)
     best = midpoints[merit[::-1] == merit.max()]
     return float(best[np.argmin(np.abs(best - 0.5))])
+
+
+def _merit(
+    true_positives: ArrayLike, true_negatives: ArrayLike, sizes: Sequence[float], criterion: Criterion
+) -> np.ndarray:
+    """What rises with the criterion, in whole numbers, so that what is equally good compares equal.
+
+    Args:
+        sizes: patients of class 0 and of class 1.
+    """
+    true_positives, true_negatives = np.asarray(true_positives), np.asarray(true_negatives)
+    if criterion == "balanced_accuracy":
+        return true_positives * sizes[0] + true_negatives * sizes[1]
+    if criterion == "accuracy":
+        return true_positives + true_negatives
+    raise ValueError(f"criterion must be 'balanced_accuracy' or 'accuracy', got {criterion!r}")
 
 
 # Operating points -------------------------------------------------------------------------------------------

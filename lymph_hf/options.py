@@ -165,7 +165,9 @@ class TrainingOptions(LoopOptions):
     label_smoothing: float = option(0.0, "in [0, 1)")
     patience: int = option(10, "stop after this many epochs without a better validation; 0 never stops early")
     threshold: float | None = option(
-        None, "decision threshold to freeze; by default the one with the best balanced accuracy in validation"
+        None,
+        "decision threshold to freeze; by default the mean of those with the best balanced accuracy in resamples of "
+        "the validation patients",
     )
     calibration: Literal["auto", "platt", "temperature", "none"] = option(
         "auto", "scaling of the probabilities, fitted on the validation patients; auto: platt for two labels"

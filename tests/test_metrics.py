@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prediction_cases import binary_cohort, multiclass_cohort, resampled_rows
+from scipy.special import expit
 from scipy.stats import bootstrap as scipy_bootstrap
 from scipy.stats import norm
 from sklearn import metrics as sk
@@ -19,6 +20,7 @@ from lymph_hf.metrics import (
     MULTICLASS_SCORES,
     Bootstrap,
     Interval,
+    best_threshold,
     bootstrap_intervals,
     bootstrap_weights,
     choose_threshold,
@@ -286,7 +288,7 @@ def balanced_accuracy_at(labels, probabilities, threshold):
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 12)), min_size=2, max_size=25))
-def test_chosen_threshold_is_the_best_midpoint_nearest_one_half(patients):
+def test_best_threshold_is_the_best_midpoint_nearest_one_half(patients):
     labels = np.array([label for label, _ in patients], dtype=int)
     probabilities = np.array([sixteenths / 16 for _, sixteenths in patients])
     if len(set(labels)) < 2:
@@ -295,39 +297,80 @@ def test_chosen_threshold_is_the_best_midpoint_nearest_one_half(patients):
     candidates = (distinct[:-1] + distinct[1:]) / 2 if len(distinct) > 1 else np.array([0.5])
     merits = np.array([balanced_accuracy_at(labels, probabilities, t) for t in candidates])
     best = candidates[merits >= merits.max() - 1e-12]
-    chosen = choose_threshold(labels, probabilities)
+    chosen = best_threshold(labels, probabilities)
     assert chosen in best
     assert abs(chosen - 0.5) == np.abs(best - 0.5).min()
 
 
 # Half-way between neighbouring floats rounds to the even one: once it is the lower, once the upper.
 @pytest.mark.parametrize("low", [0.3, np.nextafter(0.3, 1)])
-def test_chosen_threshold_parts_neighbouring_floats(low):
+def test_best_threshold_parts_neighbouring_floats(low):
     high = np.nextafter(low, 1)
-    threshold = choose_threshold([0, 1], [low, high])
+    threshold = best_threshold([0, 1], [low, high])
     assert decide([low, high], threshold=threshold).tolist() == [0, 1]
 
 
 def test_criterion_matters_when_classes_are_unequal():
     labels = np.array([0] * 2 + [1] * 20)
     probabilities = np.r_[0.1, 0.55, np.linspace(0.31, 0.49, 3), np.linspace(0.6, 0.9, 17)]
-    assert choose_threshold(labels, probabilities) > 0.55
-    assert 0.1 < choose_threshold(labels, probabilities, criterion="accuracy") < 0.31
+    assert best_threshold(labels, probabilities) > 0.55
+    assert 0.1 < best_threshold(labels, probabilities, criterion="accuracy") < 0.31
 
 
-def test_threshold_of_a_constant_model_is_one_half():
-    assert choose_threshold([0, 1, 1], [0.9, 0.9, 0.9]) == 0.5
+THRESHOLDS = pytest.mark.parametrize("threshold_of", [best_threshold, choose_threshold])
 
 
+@THRESHOLDS
+def test_threshold_of_a_constant_model_is_one_half(threshold_of):
+    assert threshold_of([0, 1, 1], [0.9, 0.9, 0.9]) == 0.5
+
+
+@THRESHOLDS
 @pytest.mark.parametrize("labels", [[0, 0], [1, 1], []])
-def test_threshold_needs_both_classes(labels):
+def test_threshold_needs_both_classes(threshold_of, labels):
     with pytest.raises(ValueError, match="needs patients of both classes, got"):
-        choose_threshold(labels, [0.2, 0.7][: len(labels)])
+        threshold_of(labels, [0.2, 0.7][: len(labels)])
 
 
-def test_unknown_criterion_is_refused():
+@THRESHOLDS
+def test_unknown_criterion_is_refused(threshold_of):
     with pytest.raises(ValueError, match=r"criterion must be .* got 'f1'"):
-        choose_threshold([0, 1], [0.2, 0.7], criterion="f1")
+        threshold_of([0, 1], [0.2, 0.7], criterion="f1")
+
+
+def simulated(rng, patients: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two classes two deviations apart, two thirds positive, with probabilities that are all too high."""
+    labels = (np.arange(patients) % 3 > 0).astype(int)
+    return labels, expit(2 * rng.normal(size=patients) + 4 * labels)
+
+
+def test_chosen_threshold_depends_neither_on_order_nor_on_chance():
+    labels, probabilities = simulated(np.random.default_rng(1), 15)
+    order = np.random.default_rng(2).permutation(15)
+    chosen = choose_threshold(labels, probabilities)
+    assert chosen == choose_threshold(labels[order], probabilities[order])
+    assert probabilities.min() < chosen < probabilities.max()
+
+
+@pytest.mark.parametrize("criterion", ["balanced_accuracy", "accuracy"])
+def test_chosen_threshold_of_a_model_that_tells_nothing_is_the_best(criterion):
+    """Its best thresholds lie at both ends, and their mean would be wrong about most patients."""
+    labels, probabilities = [1, 1, 1, 1, 0, 0, 0, 0], [0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9]
+    best = best_threshold(labels, probabilities, criterion=criterion)
+    assert choose_threshold(labels, probabilities, criterion=criterion) == best
+
+
+def test_chosen_threshold_does_better_on_new_patients_than_the_best_of_few():
+    """By a point of balanced accuracy, and by more where the few patients were unlucky."""
+    rng = np.random.default_rng(0)
+    others = simulated(rng, 3000)
+    few = [simulated(rng, 15) for _ in range(60)]
+    reached = np.array(
+        [[balanced_accuracy_at(*others, rule(*drawn)) for rule in (best_threshold, choose_threshold)] for drawn in few]
+    )
+    (best, bagged), (unlucky_best, unlucky_bagged) = reached.mean(axis=0), np.quantile(reached, 0.1, axis=0)
+    assert bagged > best + 0.005
+    assert unlucky_bagged > unlucky_best + 0.01
 
 
 # Points for figures
