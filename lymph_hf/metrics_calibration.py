@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import expit, logit
+from scipy.special import expit
 from scipy.stats import binomtest, rankdata
 
 from .metrics_bootstrap import Bootstrap, Interval
-from .metrics_checks import Bools, Floats, ratio, two_classes
+from .metrics_checks import Bools, Floats, log_odds, ratio, two_classes
 
-# A probability of exactly 0 or 1 has no logit; single precision rounds to them within about 1e-7.
-_SMALLEST_PROBABILITY = 1e-6
 _NEWTON_STEPS = 100
 
 
@@ -124,7 +122,7 @@ def _recalibration(positive: Bools, predicted: Floats, weights: Floats) -> tuple
     intercept, slope = np.full(len(weights), np.nan), np.full(len(weights), np.nan)
     if len(positive) == 0:
         return intercept, slope
-    x = logit(np.clip(predicted, _SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY))  # (n,)
+    x = log_odds(predicted)  # (n,)
     both, overlapping = _estimable(positive, x, weights)
     ones = np.ones((len(x), 1))
     intercept[both] = _fit_logistic(ones, x, positive, weights[both])[:, 0]

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import logit
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -11,6 +12,8 @@ Ints = NDArray[np.int64]
 
 # Probabilities written in half precision miss a sum of 1 by up to about 1e-3.
 _SUM_TOLERANCE = 2e-3
+# A probability of exactly 0 or 1 has no logit; single precision rounds to them within about 1e-7.
+_SMALLEST_PROBABILITY = 1e-6
 
 
 def check_predictions(labels: ArrayLike, probabilities: ArrayLike) -> tuple[Ints, Floats]:
@@ -96,6 +99,11 @@ def check_share(name: str, share: float) -> float:
     if not 0 < share < 1:
         raise ValueError(f"{name} must lie strictly between 0 and 1, got {share}")
     return share
+
+
+def log_odds(probabilities: ArrayLike) -> Floats:
+    """Logits of probabilities, which are clipped to [1e-6, 1 - 1e-6]."""
+    return logit(np.clip(probabilities, _SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY))
 
 
 def ratio(numerator: Floats, denominator: Floats) -> Floats:

@@ -13,13 +13,11 @@ from numpy.typing import ArrayLike
 from scipy.special import expit, logit, ndtri
 
 from .metrics_bootstrap import Bootstrap, Interval
-from .metrics_checks import Bools, Floats, both_classes, check_share, check_threshold, ratio, two_classes
+from .metrics_checks import Bools, Floats, both_classes, check_share, check_threshold, log_odds, ratio, two_classes
 from .metrics_curves import roc_counts, weight_by_distinct_value
 
 # Shares of whole patients that should be equal differ by rounding.
 _ROUNDING = 1e-9
-# A threshold of exactly 0 or 1 has no logit; single precision rounds to them within about 1e-7.
-_SMALLEST_PROBABILITY = 1e-6
 
 Criterion = Literal["balanced_accuracy", "accuracy"]
 
@@ -56,7 +54,7 @@ def choose_threshold(
     for _ in range(resamples):
         drawn = np.concatenate([rng.choice(members, len(members)) for members in classes])
         found.append(best_threshold(sides, drawn, criterion=criterion))
-    bagged = float(expit(np.mean(logit(np.clip(found, _SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY)))))
+    bagged = float(expit(np.mean(log_odds(found))))
     above = [np.count_nonzero(members >= bagged) for members in classes]
     sizes = [len(members) for members in classes]
     reached = _merit(above[1], sizes[0] - above[0], sizes, criterion)

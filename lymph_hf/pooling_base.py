@@ -7,6 +7,7 @@ never multiplied by the mask: 0 * NaN is NaN.
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -161,6 +162,11 @@ class RealCells:
         moved = not (is_traced() or is_unpadded(mask))
         self.index = mask.flatten().nonzero().squeeze(1) if moved else None
 
+    @cached_property
+    def counts(self) -> list[int]:
+        """Real cells of each bag."""
+        return self.mask.sum(dim=1).tolist()
+
     def pack(self, x: Tensor) -> Tensor:
         """Padded `(B, N, D)` -> real cells `(n, D)`, bag by bag; where padding has to stay, it is 0."""
         if self.index is None:
@@ -193,10 +199,6 @@ class RealCells:
         # As a plain product its gradient is no view, and others are added to it in place: 10,000 cells are large.
         rows = weights.flatten(0, -2).to(cells.dtype)  # (1, N) or (K, N)
         return (rows @ cells).unflatten(0, weights.shape[:-1])
-
-    def split(self, cells: Tensor) -> tuple[Tensor, ...]:
-        """Real cells `(n, ...)` that were moved -> those of each bag."""
-        return cells.split(self.mask.sum(dim=1).tolist())
 
 
 def masked_softmax(scores: Tensor, mask: Tensor, dim: int = -1) -> Tensor:

@@ -65,10 +65,9 @@ class DSMILPooler(Pooler):
         packed = cells.pack(x)
         logits = cells.pad(self.classifier(packed))  # (B, N, C)
         highest, critical = fill_padding(logits, mask, -torch.inf).max(dim=1)  # (B, C) both
-        queries = cells.pad(self.query(packed))  # (B, N, d)
-        bags = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+        queries = self.query(packed)  # (n, d)
         # Cells on the left: the gradients of both uses of the queries then lie alike in memory and add up fast.
-        scores = (queries @ queries[bags, critical].mT).mT * queries.shape[-1] ** -0.5  # (B, C, N)
+        scores = (cells.pad(queries) @ cells.take(queries, critical).mT).mT * queries.shape[-1] ** -0.5  # (B, C, N)
         attention = masked_softmax(scores, mask.unsqueeze(1))
         # V is affine and a label's weights sum to 1: sum_i a_ci V x_i = V sum_i a_ci x_i, of C rows, not N.
         embedding = self.value(cells.weighted_sum(attention, self.dropout(packed))).flatten(1)

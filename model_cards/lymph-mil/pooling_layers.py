@@ -63,7 +63,7 @@ class MultiHeadAttention(nn.Module):
             padded = cells.pad(packed)
             return self(padded, padded, cells.mask).flatten(0, 1)
         query, key_value = self.query(packed), self.key_value(packed)  # (n, W), (n, 2 W)
-        bags = zip(cells.split(query), cells.split(key_value), strict=True)
+        bags = zip(query.split(cells.counts), key_value.split(cells.counts), strict=True)
         return self.out(torch.cat([self._within_bag(*bag) for bag in bags]))
 
     def _within_bag(self, query: Tensor, key_value: Tensor) -> Tensor:
